@@ -1,0 +1,180 @@
+"""Every knob of a rollout fleet, from YAML. Imports neither torch nor Ray.
+
+A key that does not exist is an error that names the nearest one that does; so is a value of the wrong type.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rollout.errors import ConfigError
+from rollout.schema import from_mapping, require_positive
+
+RL_MODE_VARIABLE = "MOE_ROLLOUT_RL"
+FASTDEPLOY_RL_VARIABLE = "FD_ENABLE_RL"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What one host may hold and do at once."""
+
+    max_running: int = 64
+    """Sequences that run at once; the others wait."""
+    max_context: int = 4096
+    """Tokens of a prompt and its completion together, at most."""
+    block_size: int = 16
+    """Tokens per block of the KV cache."""
+    kv_blocks: int | None = None
+    """Blocks of the KV cache; None takes what max_running sequences of max_context need."""
+    prefill_chunk: int = 512
+    """Prompt tokens per step, at most; they share the step with the sequences that decode."""
+    cpu_threads: int = 1
+    """PyTorch threads of a host that runs on the CPU."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "engine", "max_running", "max_context", "block_size", "kv_blocks", "prefill_chunk", "cpu_threads"
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks to allocate."""
+        if self.kv_blocks is not None:
+            return self.kv_blocks
+        return self.max_running * -(-self.max_context // self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsConfig:
+    """How fresh weights arrive."""
+
+    transport: Literal["shared_memory"] | None = "shared_memory"
+    """shared_memory: learner and hosts on one machine. None: no learner will ever publish."""
+    requests_in_flight: Literal["keep"] = "keep"
+    """What becomes of running requests at a commit: keep goes on with the keys and values they have."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeadlineConfig:
+    """How long to wait before saying what was waited for, in seconds."""
+
+    start_s: float = 300.0
+    """For a host to load its checkpoint and report."""
+    pause_s: float = 30.0
+    """For a running step to end, at a commit."""
+    message_s: float = 60.0
+    """For a host's answer to one message of a weight update."""
+    settle_s: float = 30.0
+    """For a commit after the vote, before a host asks its siblings what became of the update."""
+    progress_s: float = 600.0
+    """For the next completion of any host while requests are running."""
+    stop_s: float = 20.0
+    """For a host to stop."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "deadlines", *(f.name for f in fields(self)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """A fleet: which model, whose routing to match, how many hosts.
+
+    Example:
+        name: grpo-run-7
+        model: checkpoints/Qwen3-30B-A3B
+        trainer: transformers
+        hosts: 2
+    """
+
+    name: str
+    """Under which the trainer and the learner find the fleet."""
+    model: str
+    """A Hugging Face checkpoint folder."""
+    trainer: str | Mapping[str, Any] = "transformers"
+    """Whose routing and rounding to match, or the router spelled out as a RouterSpec's fields."""
+    topk_reduce_func: str | None = None
+    """package.module:function, called on the chosen scores instead of the trainer's own normalisation; see
+    routing.route."""
+    rl_mode: bool | None = None
+    """Train-inference consistency. None leaves it to MOE_ROLLOUT_RL, and without that it is on."""
+    gate: Literal["fp32", "trainer"] = "fp32"
+    """In RL mode: fp32 weights and logits, or computed as the named trainer does."""
+    dtype: Literal["checkpoint", "float32", "bfloat16"] = "checkpoint"
+    """Of the hosted parameters; the checkpoint's own unless said."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    hosts: int = 1
+    """Replicas of the model."""
+    gpus_per_host: float = 1.0
+    """Share of a GPU that Ray sets aside for a host that runs on one; below 1 leaves room for a learner on the same
+    card."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
+            raise ConfigError(f"name: got {self.name!r}; use letters, digits, '-', '_' and '.', at least one")
+        if not self.model:
+            raise ConfigError("model: got an empty path; give a Hugging Face checkpoint folder")
+        require_positive(self, "", "hosts", "gpus_per_host")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "RolloutConfig":
+        """Reads a file.
+
+        Raises:
+            ConfigError: the file cannot be read, is no YAML mapping, or has keys or values that do not exist; all are
+            named.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
+        return cls.from_mapping(data)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> "RolloutConfig":
+        """The same from a mapping as YAML gives it."""
+        return from_mapping(cls, data, "configuration")
+
+
+def resolve_rl_mode(config: RolloutConfig, environ: Mapping[str, str]) -> tuple[bool, tuple[str, ...]]:
+    """Whether RL mode is on, and what the user should be told about it.
+
+    Raises:
+        ConfigError: config and environment both say something, and not the same; or the variable is neither 0 nor 1.
+    """
+    hints = []
+    if FASTDEPLOY_RL_VARIABLE in environ:
+        hints.append(
+            f"{FASTDEPLOY_RL_VARIABLE} is FastDeploy's switch and does nothing here: "
+            f"set rl_mode in the configuration or {RL_MODE_VARIABLE} (on by default)"
+        )
+    said = environ.get(RL_MODE_VARIABLE)
+    if said is None:
+        in_force = True if config.rl_mode is None else config.rl_mode
+    elif said not in ("0", "1"):
+        raise ConfigError(f"{RL_MODE_VARIABLE}: got {said!r}, must be 0 or 1")
+    elif config.rl_mode is not None and config.rl_mode != (said == "1"):
+        raise ConfigError(
+            f"rl_mode: {str(config.rl_mode).lower()} in the configuration and {RL_MODE_VARIABLE}={said} "
+            "in the environment contradict each other; remove one of them"
+        )
+    else:
+        in_force = said == "1"
+    if not in_force and config.weights.transport is not None:
+        hints.append(
+            "RL mode is off and a learner may publish: gates follow the checkpoint's dtype, "
+            "so tokens may be routed differently from the trainer's"
+        )
+    return in_force, tuple(hints)
