@@ -1,0 +1,221 @@
+"""The engine: step() = schedule, forward, sample, append.
+
+It belongs to one thread at a time (the host sees to that) and knows nothing of clients, Ray or weight updates; the
+version
+that it stamps is what the host says is in its parameters.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollout.config import EngineConfig
+from rollout.engine.blocks import BlockPool
+from rollout.engine.noise import sample_seed
+from rollout.engine.sampler import sample
+from rollout.engine.scheduler import ScheduledRows, Scheduler
+from rollout.engine.sequence import Purpose, Sequence, validate_fits
+from rollout.model.batch import ForwardBatch
+from rollout.model.decoder import Decoder, ForwardOutput
+from rollout.model.hosted import HostedModel
+from rollout.model.spec import DecoderSpec, MoeSpec
+from rollout.request import FinishReason
+from weights.version import WeightVersion
+
+
+class Engine:
+    """Continuous batching over one decoder.
+
+    Args:
+        model: its parameters never move, and change only between steps.
+        decoder: runs the model.
+        config: what may run at once.
+        eos_token_ids: the checkpoint's end-of-sequence tokens.
+        version: what the parameters hold.
+    """
+
+    def __init__(
+        self,
+        model: HostedModel,
+        decoder: Decoder,
+        config: EngineConfig,
+        *,
+        eos_token_ids: frozenset[int],
+        version: WeightVersion,
+    ) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.config = config
+        self.version = version
+        self.eos_token_ids = eos_token_ids
+        self.kv = model.kv_cache(blocks=config.blocks, block_size=config.block_size)
+        self.device = self.kv.keys.device
+        self.expert_id_dtype = smallest_unsigned(model.spec)
+        self.scheduler = Scheduler(
+            BlockPool(config.blocks),
+            max_running=config.max_running,
+            prefill_chunk=config.prefill_chunk,
+            block_size=config.block_size,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would run anything."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def validate(self, sequence: Sequence) -> None:
+        """Reads nothing that changes, so any thread may ask.
+
+        Raises:
+            ValueError: the sequence can never run here: too long, or tokens outside the vocabulary.
+        """
+        validate_fits(sequence, self.config, self.model.spec.vocab_size)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence that `validate` has seen."""
+        self.scheduler.waiting.append(sequence)
+
+    def cancel(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Ends every chosen sequence where it stands and returns them."""
+        gone = self.scheduler.withdraw(chosen)
+        for sequence in gone:
+            sequence.finish_reason = FinishReason.ABORT
+        return gone
+
+    def commit(self, version: WeightVersion) -> None:
+        """The parameters now hold `version`: running sequences keep their keys and values, scores begin again."""
+        self.version = version
+        for sequence in self.scheduler.running:
+            if sequence.purpose is Purpose.SCORE:
+                sequence.restart()
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Runs every running sequence on by one token or one chunk of its prompt; returns those that finished."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        output = self.decoder.forward(
+            self.batch(scheduled),
+            self.kv,
+            record_routing=any(rows.sequence.params.record_routing for rows in scheduled),
+        )
+        self.record(scheduled, output)
+        return self.append(scheduled, output.logits_RV)
+
+    def batch(self, scheduled: list[ScheduledRows]) -> ForwardBatch:
+        """The rows of a step as tensors."""
+        block_size = self.config.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        logit_rows: list[int] = []
+        for entry in scheduled:
+            sequence = entry.sequence
+            span = range(sequence.computed, sequence.computed + entry.rows)
+            first_row = len(tokens)
+            tokens += sequence.token_ids[span.start : span.stop]
+            positions += span
+            slots += [sequence.blocks[p // block_size] * block_size + p % block_size for p in span]
+            if sequence.purpose is Purpose.SCORE:  # every row but the last predicts a token that was given
+                logit_rows += [first_row + row for row, p in enumerate(span) if p + 1 < len(sequence.token_ids)]
+            elif span.stop == len(sequence.token_ids):
+                logit_rows.append(len(tokens) - 1)
+        contexts = tuple(entry.sequence.computed + entry.rows for entry in scheduled)
+        columns = -(-max(contexts) // block_size)
+        tables = [(entry.sequence.blocks + [0] * columns)[:columns] for entry in scheduled]
+        return ForwardBatch(
+            token_ids_T=self.int64(tokens),
+            positions_T=self.int64(positions),
+            slots_T=self.int64(slots),
+            query_lengths=tuple(entry.rows for entry in scheduled),
+            context_lengths=contexts,
+            block_tables_SB=self.int64(tables),
+            logit_rows_R=self.int64(logit_rows),
+        )
+
+    def record(self, scheduled: list[ScheduledRows], output: ForwardOutput) -> None:
+        """Stamps the keys and values just written, and keeps the experts for those who asked."""
+        first_row = 0
+        ids_TLK = weights_TLK = None
+        if output.expert_ids_TLK is not None and output.expert_weights_TLK is not None:
+            ids_TLK = output.expert_ids_TLK.cpu().numpy().astype(self.expert_id_dtype)
+            weights_TLK = output.expert_weights_TLK.to(torch.float32).cpu().numpy()
+        for entry in scheduled:
+            rows = slice(first_row, first_row + entry.rows)
+            first_row += entry.rows
+            if entry.sequence.params.record_routing and ids_TLK is not None and weights_TLK is not None:
+                entry.sequence.record(np.ascontiguousarray(ids_TLK[rows]), np.ascontiguousarray(weights_TLK[rows]))
+
+    def append(self, scheduled: list[ScheduledRows], logits_RV: Tensor) -> list[Sequence]:
+        """Gives each sequence what its logit rows say; returns the finished ones, their blocks freed."""
+        finished = []
+        sampling: list[tuple[Sequence, int]] = []
+        row = 0
+        for entry in scheduled:
+            sequence = entry.sequence
+            start = sequence.computed
+            sequence.advance(entry.rows, self.version)
+            if sequence.purpose is Purpose.SCORE:
+                targets = sequence.token_ids[start + 1 : start + entry.rows + 1]
+                logits = logits_RV[row : row + len(targets)]
+                row += len(targets)
+                logprobs = torch.log_softmax(logits, dim=1).gather(1, self.int64(targets)[:, None])[:, 0]
+                sequence.model_logprobs += logprobs.tolist()
+                if sequence.uncomputed == 0:
+                    sequence.finish_reason = FinishReason.LENGTH
+                    finished.append(sequence)
+            elif sequence.uncomputed == 0:
+                sampling.append((sequence, row))
+                row += 1
+        finished += self.sample(sampling, logits_RV)
+        for sequence in finished:
+            self.scheduler.finish(sequence)
+        return finished
+
+    def sample(self, sampling: list[tuple[Sequence, int]], logits_RV: Tensor) -> list[Sequence]:
+        """Appends one token to each of these sequences; returns the finished ones."""
+        if not sampling:
+            return []
+        finished = []
+        sequences = [sequence for sequence, _ in sampling]
+        outcomes = sample(
+            logits_RV[self.int64([row for _, row in sampling])],
+            [sequence.params for sequence in sequences],
+            [sample_seed(seed_of(sequence), sequence.key[2]) for sequence in sequences],
+            [len(sequence.token_ids) for sequence in sequences],
+        )
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
+            if outcome is None:
+                sequence.finish_reason = FinishReason.NOT_A_NUMBER
+            else:
+                sequence.append(outcome.token_id, outcome.logprob, outcome.model_logprob, self.version)
+                sequence.finish_reason = self.finish_reason(sequence)
+            if sequence.finish_reason is not None:
+                finished.append(sequence)
+        return finished
+
+    def finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Whether the token just sampled ends the sequence."""
+        params, token = sequence.params, sequence.token_ids[-1]
+        if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.sampled >= params.max_tokens else None
+
+    def int64(self, values: list[int] | list[list[int]]) -> Tensor:
+        """A list as int64 on the model's device."""
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def seed_of(sequence: Sequence) -> int:
+    """The seed that the host drew or the caller gave."""
+    assert sequence.params.seed is not None, "unseeded"
+    return sequence.params.seed
+
+
+def smallest_unsigned(spec: DecoderSpec) -> type[np.unsignedinteger]:
+    """The smallest unsigned dtype that holds every expert id of a model."""
+    experts = max((layer.mlp.router.num_experts for layer in spec.layers if isinstance(layer.mlp, MoeSpec)), default=1)
+    return np.uint8 if experts <= 1 << 8 else np.uint16

@@ -1,0 +1,140 @@
+"""One sequence: its tokens, how far its keys and values reach, and the account of both.
+
+T tokens, L mixture-of-experts layers, K experts of a token.
+"""
+
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollout.config import EngineConfig
+from rollout.request import Completion, FinishReason, Prompt, SamplingParams, Score, VersionSpan
+from weights.version import WeightVersion
+
+
+class Purpose(Enum):
+    """What a sequence is run for."""
+
+    GENERATE = "generate"
+    SCORE = "score"
+
+
+class Sequence:
+    """Prompt tokens and what was sampled after them.
+
+    `computed` of its tokens have keys and values in the cache; a step runs the next ones. A scoring sequence runs its
+    tokens once and keeps their log-probabilities; a generating one goes on until it finishes.
+    """
+
+    def __init__(
+        self, key: tuple[str, str, int], prompt: Prompt, params: SamplingParams, purpose: Purpose = Purpose.GENERATE
+    ) -> None:
+        self.key = key
+        """Client, prompt id and sample: unique in an engine."""
+        self.prompt = prompt
+        self.params = params
+        self.purpose = purpose
+        self.token_ids = list(prompt.token_ids)
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.logprobs: list[float] = []
+        self.model_logprobs: list[float] = []
+        self.version_spans: list[VersionSpan] = []
+        self.kv_version_spans: list[VersionSpan] = []
+        self.expert_ids: list[NDArray[np.unsignedinteger]] = []
+        self.expert_weights: list[NDArray[np.float32]] = []
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def sampled(self) -> int:
+        """Sampled tokens so far."""
+        return len(self.token_ids) - len(self.prompt.token_ids)
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens that have no keys and values yet: the rest of the prompt, or the last sampled token."""
+        return len(self.token_ids) - self.computed
+
+    @property
+    def longest(self) -> int:
+        """Positions whose keys and values it can come to need."""
+        if self.purpose is Purpose.SCORE:
+            return len(self.token_ids)
+        return len(self.prompt.token_ids) + self.params.max_tokens - 1
+
+    def advance(self, rows: int, version: WeightVersion) -> None:
+        """`rows` more tokens got their keys and values under `version`."""
+        extend_spans(self.kv_version_spans, version, self.computed, self.computed + rows)
+        self.computed += rows
+
+    def record(self, expert_ids_TLK: NDArray[np.unsignedinteger], expert_weights_TLK: NDArray[np.float32]) -> None:
+        """The experts of the tokens that were just run."""
+        self.expert_ids.append(expert_ids_TLK)
+        self.expert_weights.append(expert_weights_TLK)
+
+    def append(self, token_id: int, logprob: float, model_logprob: float, version: WeightVersion) -> None:
+        """One sampled token and its account."""
+        extend_spans(self.version_spans, version, self.sampled, self.sampled + 1)
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        self.model_logprobs.append(model_logprob)
+
+    def restart(self) -> None:
+        """Forgets what was computed; a scoring sequence does so at a commit, for its answer speaks of one version."""
+        assert self.purpose is Purpose.SCORE, "a generating sequence keeps its keys and values"
+        self.computed = 0
+        self.model_logprobs.clear()
+        self.kv_version_spans.clear()
+
+    def completion(self, host_id: str) -> Completion:
+        """What the caller gets."""
+        assert self.finish_reason is not None, "not finished"
+        assert self.params.seed is not None, "unseeded"
+        return Completion(
+            prompt_id=self.prompt.id,
+            sample=self.key[2],
+            host_id=host_id,
+            prompt_token_ids=self.prompt.token_ids,
+            token_ids=tuple(self.token_ids[len(self.prompt.token_ids) :]),
+            logprobs=tuple(self.logprobs),
+            model_logprobs=tuple(self.model_logprobs),
+            finish_reason=self.finish_reason,
+            seed=self.params.seed,
+            version_spans=tuple(self.version_spans),
+            kv_version_spans=tuple(self.kv_version_spans),
+            expert_ids=np.concatenate(self.expert_ids) if self.expert_ids else None,
+            expert_weights=np.concatenate(self.expert_weights) if self.expert_weights else None,
+        )
+
+    def score(self) -> Score:
+        """What the caller of score() gets."""
+        (span,) = self.kv_version_spans
+        return Score(version=span.version, logprobs=tuple(self.model_logprobs))
+
+
+def extend_spans(spans: list[VersionSpan], version: WeightVersion, start: int, stop: int) -> None:
+    """Adds [start, stop), which follows on what is there, merged with the last span where the version is the same."""
+    if spans and spans[-1].version == version:
+        start = spans.pop().start
+    spans.append(VersionSpan(version=version, start=start, stop=stop))
+
+
+def validate_fits(sequence: Sequence, config: EngineConfig, vocab_size: int) -> None:
+    """Raises ValueError where a sequence can never run: too long for the context or the cache, or tokens that the
+    model has not got."""
+    name, prompt_length = f"prompt {sequence.prompt.id!r}", len(sequence.prompt.token_ids)
+    room = config.blocks * config.block_size
+    if sequence.longest > config.max_context:
+        raise ValueError(
+            f"{name}: {prompt_length} prompt tokens and max_tokens={sequence.params.max_tokens} exceed "
+            f"engine.max_context={config.max_context}; shorten one of them or raise engine.max_context"
+        )
+    if sequence.longest > room:
+        raise ValueError(
+            f"{name} can come to need keys and values of {sequence.longest} tokens, the KV cache holds {room}; "
+            "shorten it or raise engine.kv_blocks"
+        )
+    outside = sorted({token for token in sequence.token_ids if not 0 <= token < vocab_size})
+    if outside:
+        raise ValueError(f"{name}: token ids {outside[:10]} are outside the model's vocabulary of {vocab_size}")
