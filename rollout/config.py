@@ -53,8 +53,13 @@ class WeightsConfig:
 
     transport: Literal["shared_memory"] | None = "shared_memory"
     """shared_memory: learner and hosts on one machine. None: no learner will ever publish."""
+    bucket_mib: int = 256
+    """Size of the segments that tensors travel in, in MiB; a larger tensor is sliced."""
     requests_in_flight: Literal["keep"] = "keep"
     """What becomes of running requests at a commit: keep goes on with the keys and values they have."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "weights", "bucket_mib")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +72,9 @@ class DeadlineConfig:
     """For a running step to end, at a commit."""
     message_s: float = 60.0
     """For a host's answer to one message of a weight update."""
-    settle_s: float = 30.0
-    """For a commit after the vote, before a host asks its siblings what became of the update."""
+    silence_s: float = 180.0
+    """For a sign of the learner during an update, before a host forgets the update or settles it with its siblings;
+    more than message_s."""
     progress_s: float = 600.0
     """For the next completion of any host while requests are running."""
     stop_s: float = 20.0
@@ -76,6 +82,11 @@ class DeadlineConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "deadlines", *(f.name for f in fields(self)))
+        if self.silence_s <= self.message_s:
+            raise ConfigError(
+                f"deadlines.silence_s: got {self.silence_s}, must be more than deadlines.message_s={self.message_s}, "
+                "or a host settles under a learner that is still waiting"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

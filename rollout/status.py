@@ -16,6 +16,8 @@ class HostStatus:
     """What it serves; None where it serves nothing."""
     running: int
     waiting: int
+    process: int
+    """Its process id on its machine; 0 where it is dead."""
     blocks_free: int
     blocks: int
     detail: str = ""

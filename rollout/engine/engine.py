@@ -73,9 +73,9 @@ class Engine:
         """
         validate_fits(sequence, self.config, self.model.spec.vocab_size)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a sequence that `validate` has seen."""
-        self.scheduler.waiting.append(sequence)
+    def add(self, *sequences: Sequence) -> None:
+        """Queues sequences that `validate` has seen."""
+        self.scheduler.waiting.extend(sequences)
 
     def cancel(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
         """Ends every chosen sequence where it stands and returns them."""

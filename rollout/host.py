@@ -1,0 +1,259 @@
+"""One replica of the model: an engine that generates and a receiver that takes fresh weights. The two walks cross here.
+
+A token walks through `submit`, the engine's loop and the outbox. A tensor walks through the receiver, which asks this
+host to pause, writes in place, verifies, and tells it the version that it now serves.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from rollout.config import RolloutConfig
+from rollout.engine import Engine
+from rollout.engine.loop import EngineLoop
+from rollout.engine.sequence import Purpose, Sequence
+from rollout.errors import DeadlineExceeded, HostFailed
+from rollout.hosting import hosting_of
+from rollout.model.decoder import Decoder
+from rollout.model.end_of_sequence import end_of_sequence_ids
+from rollout.model.hosted import HostedModel
+from rollout.outbox import Outbox
+from rollout.request import Completion, Prompt, SamplingParams, Score
+from rollout.status import HostStatus
+from weights.errors import DeadlineExceeded as PauseDeadlineExceeded
+from weights.receiver import Receiver
+from weights.rendezvous import socket_path
+from weights.transports.server import HostServer
+from weights.transports.shared_memory import siblings
+from weights.version import WeightVersion
+
+CHECKPOINT_RUN = "checkpoint"
+"""The run of the version that a host has before a learner publishes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Introduction:
+    """What a host says of itself once it is up."""
+
+    host_id: str
+    config: RolloutConfig
+    version: WeightVersion
+    address: str | None
+    """Where learners and siblings reach its receiver; None where no learner will publish."""
+
+
+class Host:
+    """A replica of the model in this process; works without Ray.
+
+    Args:
+        config: the fleet's, rl_mode resolved.
+        host_id: unique in the fleet.
+
+    Raises:
+        ValueError: the checkpoint cannot be hosted, or its routing cannot be matched.
+    """
+
+    def __init__(self, config: RolloutConfig, host_id: str) -> None:
+        self.config = config
+        self.host_id = host_id
+        device = torch.device("cuda" if uses_gpu(config.device) else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(config.engine.cpu_threads)
+        model = HostedModel.load(config.model, hosting=hosting_of(config, device), device=device)
+        version = model.version(CHECKPOINT_RUN)
+        engine = Engine(
+            model,
+            Decoder(model.spec, model.parameters),
+            config.engine,
+            eos_token_ids=end_of_sequence_ids(config.model),
+            version=version,
+        )
+        self._loop = EngineLoop(engine, finished=self._finished, failed=self._failed)
+        self._outbox = Outbox()
+        self._scores: dict[tuple[str, str, int], Future[Score]] = {}
+        self._scores_asked = 0
+        self._scores_lock = threading.Lock()
+        self._failure = ""
+        self._torn = ""
+        self._receiver = Receiver(
+            host=host_id,
+            layout=model.layout,
+            parameters=model.parameters,
+            serving=self,
+            version=version,
+            silence_s=config.deadlines.silence_s,
+        )
+        self._door = open_door(config, self._receiver)
+        self.introduction = Introduction(
+            host_id=host_id,
+            config=config,
+            version=version,
+            address=None if self._door is None else socket_path(config.name, host_id),
+        )
+        self._loop.start()
+
+    def submit(self, client: str, prompts: Many[tuple[Prompt, SamplingParams]]) -> None:
+        """Queues n samples of every prompt. Never waits for an update.
+
+        Raises:
+            ValueError: one of them can never run; none is queued then.
+            HostFailed: the engine has stopped.
+        """
+        self._check_running()
+        sequences = [
+            Sequence((client, prompt.id, sample), prompt, params)
+            for prompt, params in prompts
+            for sample in range(params.n)
+        ]
+        for sequence in sequences:
+            self._loop.engine.validate(sequence)
+        self._outbox.open(client)
+        self._loop.post(lambda engine: engine.add(*sequences))
+
+    def collect(self, client: str, wait_s: float) -> list[Completion]:
+        """What has finished for a client, waiting up to `wait_s` seconds for the first.
+
+        Raises:
+            HostFailed: the engine has stopped, and nothing is left to collect.
+        """
+        return self._outbox.collect(client, wait_s)
+
+    def cancel(self, client: str, prompt_ids: Many[str]) -> None:
+        """Ends these prompts of a client where they stand; they come back as aborted."""
+        gone = {(client, prompt_id) for prompt_id in prompt_ids}
+        self._loop.post(lambda engine: self._abort(engine, lambda sequence: sequence.key[:2] in gone))
+
+    def close(self, client: str) -> None:
+        """Ends everything of a client and forgets what it did not collect."""
+        self._outbox.close(client)
+        self._loop.post(lambda engine: self._abort(engine, lambda sequence: sequence.key[0] == client))
+
+    def score(self, sequences: Many[tuple[int, ...]], deadline_s: float) -> list[Score]:
+        """Log-probabilities of given tokens, each sequence under one version.
+
+        Raises:
+            ValueError: a sequence can never run.
+            HostFailed: the engine has stopped.
+            DeadlineExceeded: not done in time.
+        """
+        self._check_running()
+        params = SamplingParams(max_tokens=1, seed=0)
+        with self._scores_lock:
+            self._scores_asked += 1
+            client = f"score-{self._scores_asked}"
+        wanted = [
+            Sequence((client, str(index), 0), Prompt(id=f"score {index}", token_ids=tokens), params, Purpose.SCORE)
+            for index, tokens in enumerate(sequences)
+        ]
+        for sequence in wanted:
+            self._loop.engine.validate(sequence)
+        futures = {sequence.key: Future[Score]() for sequence in wanted}
+        with self._scores_lock:
+            self._scores |= futures
+        self._loop.post(lambda engine: engine.add(*wanted))
+        if wait(futures.values(), deadline_s).not_done:
+            self.close(client)
+            raise DeadlineExceeded(f"{self.host_id} to score {len(wanted)} sequences", deadline_s)
+        return [future.result() for future in futures.values()]
+
+    def status(self) -> HostStatus:
+        """What the host is doing at this moment."""
+        engine, scheduler = self._loop.engine, self._loop.engine.scheduler
+        serves = not self._failure and not self._torn
+        return HostStatus(
+            host_id=self.host_id,
+            state="failed" if self._failure else str(self._receiver.state),
+            version=engine.version if serves else None,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            process=os.getpid(),
+            blocks_free=scheduler.pool.free,
+            blocks=scheduler.pool.count,
+            detail=self._failure or self._torn,
+        )
+
+    def stop(self) -> None:
+        """Ends the engine after its running step, and takes no more updates.
+
+        Raises:
+            DeadlineExceeded: the step did not end in time.
+        """
+        if self._door is not None:
+            self._door.close()
+        self._loop.stop(self.config.deadlines.stop_s)
+
+    # What the receiver asks of its host (weights.serving.Serving).
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No engine step runs inside."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._loop.paused(self.config.deadlines.pause_s))
+            except DeadlineExceeded as error:
+                raise PauseDeadlineExceeded(str(error)) from error
+            yield
+
+    def committed(self, version: WeightVersion) -> None:
+        """Inside the pause: the parameters hold this version, verified."""
+        self._loop.engine.commit(version)
+        self._loop.serving = True
+        self._torn = ""
+
+    def torn(self, reason: str) -> None:
+        """Inside the pause: the parameters hold a mixture; serve nothing until the next commit."""
+        self._loop.serving = False
+        self._torn = reason
+
+    # What the engine's thread reports.
+
+    def _finished(self, sequence: Sequence) -> None:
+        if sequence.purpose is Purpose.SCORE:
+            with self._scores_lock:
+                self._scores.pop(sequence.key).set_result(sequence.score())
+        else:
+            self._outbox.put(sequence.key[0], sequence.completion(self.host_id))
+
+    def _check_running(self) -> None:
+        if self._failure:
+            raise HostFailed(self._failure)
+
+    def _abort(self, engine: Engine, chosen: Callable[[Sequence], bool]) -> None:
+        for sequence in engine.cancel(chosen):
+            if sequence.purpose is Purpose.GENERATE:
+                self._finished(sequence)
+            else:
+                with self._scores_lock:
+                    self._scores.pop(sequence.key)
+
+    def _failed(self, traceback: str) -> None:
+        self._failure = traceback
+        self._outbox.fail(traceback)
+        with self._scores_lock:
+            for future in self._scores.values():
+                future.set_exception(HostFailed(traceback))
+            self._scores.clear()
+
+
+def open_door(config: RolloutConfig, receiver: Receiver) -> HostServer | None:
+    """Lets learners and siblings in; None where no learner will publish."""
+    if config.weights.transport is None:
+        return None
+    deadline_s = config.deadlines.message_s
+    return HostServer(
+        receiver,
+        socket_path(config.name, receiver.host),
+        lambda: siblings(config.name, receiver.host, deadline_s),
+        deadline_s=deadline_s,
+    )
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether a host configured like this runs on a GPU."""
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -1,0 +1,23 @@
+"""From a fleet's configuration to the choices that the model takes: whose routing, which gate, which dtype."""
+
+import torch
+
+from rollout.config import RolloutConfig
+from rollout.model.router import Hosting
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def hosting_of(config: RolloutConfig, device: torch.device) -> Hosting:
+    """The model's choices.
+
+    With RL mode off the gate follows the checkpoint's dtype, as the trainer's own module does.
+    """
+    assert config.rl_mode is not None, "resolve_rl_mode comes first"
+    return Hosting(
+        trainer=config.trainer,
+        gate=config.gate if config.rl_mode else "trainer",
+        dtype=_DTYPES.get(config.dtype, "checkpoint"),
+        platform="cuda" if device.type == "cuda" else "cpu",
+        topk_reduce_func=config.topk_reduce_func,
+    )
