@@ -10,6 +10,9 @@ RolloutError
 """
 
 
+NAMED_REQUESTS = 10  # of those that a dead host took along, in the message; the error holds them all
+
+
 class RolloutError(Exception):
     """The root of this package's errors."""
 
@@ -56,8 +59,12 @@ class HostDied(RolloutError):
     """
 
     def __init__(self, host_ids: tuple[str, ...], request_ids: tuple[tuple[str, int], ...]) -> None:
-        lost = ", ".join(f"{prompt_id}#{sample}" for prompt_id, sample in request_ids)
-        super().__init__(f"{', '.join(host_ids)} died; requests without an answer: {lost or 'none'}; submit them again")
+        lost = [f"{prompt_id}#{sample}" for prompt_id, sample in request_ids]
+        more = f" and {len(lost) - NAMED_REQUESTS} more" if len(lost) > NAMED_REQUESTS else ""
+        super().__init__(
+            f"{', '.join(host_ids)} died; requests without an answer: "
+            f"{', '.join(lost[:NAMED_REQUESTS]) or 'none'}{more}; submit them again"
+        )
         self.host_ids = host_ids
         self.request_ids = request_ids
 

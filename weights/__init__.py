@@ -1,0 +1,55 @@
+"""Trainer tensor -> hosted tensor: naming, manifests, digests, and the protocol between a learner and its hosts."""
+
+from weights.digest import Digest, tensor_digest
+from weights.errors import (
+    CommitIncomplete,
+    DeadlineExceeded,
+    ManifestError,
+    MessageError,
+    RosterError,
+    TransportError,
+    UpdateAborted,
+    WeightsError,
+)
+from weights.manifest import Manifest, TensorEntry
+from weights.naming import ExpertRows, HostedLayout, HostedSlice, Rows, Rule, Whole, to_wire
+from weights.publisher import Publisher
+from weights.receiver import Receiver
+from weights.rendezvous import Roster, RosterHost, runtime_directory
+from weights.report import HostTimes, PublishReport
+from weights.serving import Serving, Sibling
+from weights.state import State
+from weights.version import WeightVersion
+
+__all__ = [
+    "CommitIncomplete",
+    "DeadlineExceeded",
+    "Digest",
+    "ExpertRows",
+    "HostTimes",
+    "HostedLayout",
+    "HostedSlice",
+    "Manifest",
+    "ManifestError",
+    "MessageError",
+    "PublishReport",
+    "Publisher",
+    "Receiver",
+    "Roster",
+    "RosterError",
+    "RosterHost",
+    "Rows",
+    "Rule",
+    "Serving",
+    "Sibling",
+    "State",
+    "TensorEntry",
+    "TransportError",
+    "UpdateAborted",
+    "WeightVersion",
+    "WeightsError",
+    "Whole",
+    "runtime_directory",
+    "tensor_digest",
+    "to_wire",
+]
