@@ -1,0 +1,138 @@
+"""Reads a Hugging Face checkpoint folder into hosted parameters, in place.
+
+config.json, and model.safetensors or its shards with model.safetensors.index.json. Every tensor is checked before the
+first byte is written.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rollout.errors import RolloutError
+from rollout.model.spec import DecoderSpec
+from weights.dtypes import dtype_name, fits
+from weights.naming import HostedLayout, HostedSlice
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class CheckpointError(RolloutError):
+    """A checkpoint folder cannot be read, or does not hold the model that its config describes; names all offenders."""
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    config = _read_json(Path(folder) / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{Path(folder) / 'config.json'}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def load_checkpoint(
+    folder: Path | str, spec: DecoderSpec, layout: HostedLayout, parameters: Mapping[str, Tensor]
+) -> None:
+    """Copies all tensors of a checkpoint into their places; a narrower dtype is widened where that is exact.
+
+    Tensors of multi-token-prediction layers are left out, and a tied lm_head.weight that equals the embedding.
+
+    Args:
+        folder: the checkpoint.
+        spec: the decoder that its config describes.
+        layout: where its tensors lie.
+        parameters: written in place, on whatever device they are.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or tensors are missing, unknown, of a wrong shape, or of a dtype
+            that the hosted one does not widen exactly; nothing has been written then.
+    """
+    folder = Path(folder)
+    extra = tuple(f"model.layers.{len(spec.layers) + offset}." for offset in range(spec.extra_layers))
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        faults: list[str] = []
+        for path in _files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name in where:
+                    faults.append(f"{name}: stands in more than one file")
+                if not name.startswith(extra):
+                    where[name] = file
+        faults += _faults(where, layout)
+        if faults:
+            raise CheckpointError(
+                f"{folder} does not hold the model that its config.json describes "
+                f"({spec.architecture}, {dtype_name(spec.dtype)}):\n  " + "\n  ".join(faults)
+            )
+        for alias, name in layout.tied.items():
+            if alias in where and not torch.equal(where[alias].get_tensor(alias), where[name].get_tensor(name)):
+                raise CheckpointError(
+                    f"{folder}: {alias} differs from {name}, and config.json says tie_word_embeddings; set it to false"
+                )
+        for name, block in layout.state_dict(parameters):
+            block.copy_(where[name].get_tensor(name))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that hold the tensors: the single one, or those that the index names."""
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    index = _read_json(folder / INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(_is_plain_name(file) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX_FILE}: expected weight_map, from tensor names to files of this folder")
+    return [folder / file for file in sorted(set(weight_map.values()))]
+
+
+def _is_plain_name(file: object) -> bool:
+    return isinstance(file, str) and Path(file).name == file
+
+
+def _faults(files: Mapping[str, Any], layout: HostedLayout) -> Iterable[str]:
+    """Everything that keeps these tensors from being hosted, a line each."""
+    for name in layout:
+        if name not in files:
+            yield f"{name}: missing"
+    for name, file in files.items():
+        hosted = layout.get(layout.tied.get(name, name))
+        if hosted is None:
+            yield f"{name}: unknown, the model has no such tensor"
+        else:
+            yield from _misfits(name, file.get_slice(name), hosted)
+
+
+def _misfits(name: str, found: Any, hosted: HostedSlice) -> Iterable[str]:
+    shape = tuple(found.get_shape())
+    if shape != hosted.shape:
+        yield f"{name}: shape {list(shape)}, expected {list(hosted.shape)}"
+    dtype = _SAFETENSORS_DTYPES.get(found.get_dtype())
+    if dtype is None or not fits(dtype, hosted.dtype):
+        yield (
+            f"{name}: dtype {found.get_dtype()} cannot be hosted as {dtype_name(hosted.dtype)} without loss; "
+            "host the model in the checkpoint's dtype"
+        )
+
+
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error

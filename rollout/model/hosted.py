@@ -1,0 +1,70 @@
+"""A model in this process: its spec, its parameters, and where each tensor of the wire lies in them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rollout.model.batch import KvCache
+from rollout.model.checkpoint import load_checkpoint, read_config
+from rollout.model.families import decoder_spec, hosted_layout
+from rollout.model.router import Hosting
+from rollout.model.spec import DecoderSpec
+from rollout.model.storage import allocate
+from weights.digest import Digest, tensor_digest
+from weights.naming import HostedLayout
+from weights.version import WeightVersion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostedModel:
+    """What an engine runs and a receiver writes to."""
+
+    spec: DecoderSpec
+    parameters: dict[str, Tensor]
+    """By hosted name; allocated once, never moved."""
+    layout: HostedLayout
+    """By wire name."""
+
+    @classmethod
+    def load(cls, folder: Path | str, *, hosting: Hosting | None = None, device: torch.device | str) -> "HostedModel":
+        """Hosts a Hugging Face checkpoint folder.
+
+        Args:
+            folder: config.json and safetensors files.
+            hosting: trainer, gate, dtype, platform; None takes the defaults. Its platform must be the device's.
+            device: where the parameters live.
+
+        Raises:
+            ValueError: the config describes what is not supported; all offending keys are named.
+            CheckpointError: files or tensors are missing, broken or do not fit; all are named.
+        """
+        spec = decoder_spec(read_config(folder), hosting)
+        parameters = allocate(spec, device)
+        layout = hosted_layout(spec, parameters)
+        load_checkpoint(folder, spec, layout, parameters)
+        return cls(spec=spec, parameters=parameters, layout=layout)
+
+    def version(self, run: str) -> WeightVersion:
+        """What the parameters hold now, as step 0 of `run`; digested in the hosted dtypes."""
+        digests = (tensor_digest(name, block) for name, block in self.layout.state_dict(self.parameters))
+        return WeightVersion(run=run, step=0, digest=Digest.total(digests))
+
+    def kv_cache(self, *, blocks: int, block_size: int) -> KvCache:
+        """An empty cache of the model's shape, dtype and device.
+
+        Args:
+            blocks: of all sequences together.
+            block_size: tokens per block.
+        """
+        spec = self.spec
+        return KvCache(
+            layers=len(spec.layers),
+            blocks=blocks,
+            block_size=block_size,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            dtype=spec.dtype,
+            device=self.parameters["embed.weight"].device,
+        )
