@@ -1,0 +1,238 @@
+"""What a learner may publish, what it is told, and what stays behind."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, MemoryFleet, hosted_from, learner_state, same_bits
+from torch import Tensor, nn
+
+from weights.digest import ZERO, Digest, tensor_digest
+from weights.errors import UpdateAborted
+from weights.gather import SegmentPool, gather
+from weights.naming import to_wire
+from weights.publisher import Publisher
+from weights.state import State
+from weights.transports.faults import Fault, FaultKind
+from weights.transports.memory import MemoryTransport, SimulatedClock
+
+
+class Learner(nn.Module):
+    """A module whose state dict is the small model's, tied as transformers ties it."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        tensors: dict[int, nn.Parameter] = {}
+        for name, tensor in state.items():
+            path, _, leaf = name.rpartition(".")
+            at: nn.Module = self
+            for part in path.split("."):
+                if not hasattr(at, part):
+                    at.add_module(part, nn.Module())
+                at = getattr(at, part)
+            at.register_parameter(leaf, tensors.setdefault(id(tensor), nn.Parameter(tensor)))
+
+
+def one_buffer(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """As a learner gathers that has room for one tensor at a time."""
+    buffer = torch.empty(1 << 20, dtype=torch.uint8)
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.itemsize
+        held = buffer[:size].view(tensor.dtype).view(tensor.shape)
+        held.copy_(tensor)
+        yield name, held
+
+
+STATE = learner_state(1)
+SOURCES = {
+    "state dict": lambda: STATE,
+    "module": lambda: Learner(STATE),
+    "pairs": lambda: iter(STATE.items()),
+    "one by one in one buffer": lambda: one_buffer(STATE),
+    "without the tied alias": lambda: {name: t for name, t in STATE.items() if name not in TIED},
+    "tied by value": lambda: STATE | {"lm_head.weight": STATE["lm_head.weight"].clone()},
+    "checkpoint names": lambda: dict(to_wire(STATE.items())),
+    "strided": lambda: {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in STATE.items()},
+    "another order": lambda: dict(reversed(STATE.items())),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_way_to_hand_over_a_model_hosts_the_same_bits(source: str) -> None:
+    fleet = MemoryFleet()
+    report = fleet.publisher.publish(SOURCES[source](), 7)
+    wire = dict(to_wire(STATE.items()))
+    assert report.version.digest == Digest.total(tensor_digest(name, tensor) for name, tensor in wire.items())
+    assert (report.version.run, report.version.step) == ("run", 7)
+    assert report.bytes == sum(tensor.numel() * tensor.itemsize for tensor in wire.values())
+    for host in fleet.hosts.values():
+        assert host.holds(STATE)
+        assert host.serving.serves == report.version
+        assert host.serving.pauses == 1
+
+
+@pytest.mark.gpu
+def test_a_learner_on_a_gpu_publishes_to_hosts_on_a_gpu() -> None:
+    fleet = MemoryFleet(device="cuda")
+    version = fleet.publisher.publish({name: tensor.cuda() for name, tensor in STATE.items()}, 1).version
+    assert version == MemoryFleet().publisher.publish(STATE, 1).version
+    for host in fleet.hosts.values():
+        assert host.holds(STATE)
+        assert host.serving.serves == version
+
+
+def test_the_learner_s_own_tensors_are_neither_kept_nor_changed() -> None:
+    fleet = MemoryFleet()
+    state = learner_state(1)
+    fleet.publisher.publish(state, 1)
+    assert same_bits(hosted_from(state), hosted_from(learner_state(1)))
+    for tensor in state.values():
+        tensor.zero_()
+    assert fleet.hosts["a"].holds(learner_state(1))
+
+
+def test_a_gate_that_the_learner_trains_in_fp32_arrives_in_fp32() -> None:
+    fleet = MemoryFleet()
+    state = learner_state(1)
+    name = "model.layers.0.mlp.gate.weight"
+    state[name] = torch.randn(state[name].shape)
+    fleet.publisher.publish(state, 1)
+    assert torch.equal(fleet.hosts["a"].parameters["layers.0.gate"], state[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda state: state.pop("model.norm.weight"), "model.norm.weight: missing"),
+        (lambda state: state.update({"model.extra": torch.zeros(2)}), "model.extra: unknown"),
+        (lambda state: state.update({"model.norm.weight": torch.zeros(3).bfloat16()}), r"shape \[3\], hosted \[32\]"),
+        (lambda state: state.update({"model.norm.weight": torch.zeros(32)}), "float32, hosted bfloat16"),
+        (lambda state: state.update({"model.norm.weight": torch.zeros(32).half()}), "float16, hosted bfloat16"),
+    ],
+    ids=["missing", "unknown", "shape", "fp32 for a bf16 host", "fp16 for a bf16 host"],
+)
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(change, complaint: str) -> None:
+    fleet = MemoryFleet()
+    state = learner_state(1)
+    change(state)
+    with pytest.raises(UpdateAborted, match=complaint) as caught:
+        fleet.publisher.publish(state, 1)
+    assert set(caught.value.hosts) == {"a", "b"}
+    for host in fleet.hosts.values():
+        assert (host.receiver.state, host.serving.serves, host.serving.pauses) == (State.IDLE, host.initial, 0)
+    fleet.publisher.publish(learner_state(1), 1)
+
+
+def test_a_name_that_comes_twice_is_refused() -> None:
+    fleet = MemoryFleet()
+    pairs = [*STATE.items(), ("model.norm.weight", STATE["model.norm.weight"].clone())]
+    with pytest.raises(UpdateAborted, match=r"model.norm.weight: given 2 times"):
+        fleet.publisher.publish(pairs, 1)
+
+
+def test_a_learner_that_untied_its_embedding_is_refused() -> None:
+    fleet = MemoryFleet()
+    state = learner_state(1)
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    with pytest.raises(ValueError, match=r"lm_head.weight = model.embed_tokens.weight"):
+        fleet.publisher.publish(state, 1)
+    fleet.publisher.publish(learner_state(1), 1)
+
+
+def test_a_learner_that_fails_while_it_gathers_leaves_the_hosts_alone() -> None:
+    fleet = MemoryFleet()
+
+    def failing() -> Iterator[tuple[str, Tensor]]:
+        yield "model.norm.weight", torch.zeros(32)
+        raise ConnectionError("the trainer's other rank is gone")
+
+    with pytest.raises(ConnectionError):
+        fleet.publisher.publish(failing(), 1)
+    assert fleet.hosts["a"].receiver.state is State.IDLE
+    fleet.publisher.publish(learner_state(1), 1)
+
+
+def test_a_stale_step_is_refused_and_a_restarted_learner_is_not() -> None:
+    fleet = MemoryFleet()
+    fleet.publisher.publish(learner_state(1), 5)
+    with pytest.raises(UpdateAborted, match="step 5 of the same run is stale"):
+        fleet.publisher.publish(learner_state(2), 5)
+    fleet.publisher.close()
+    restarted = Publisher(fleet.transport, deadline_s=5.0, bucket_bytes=BUCKET_BYTES, clock=fleet.clock)
+    version = restarted.publish(learner_state(3), 1).version
+    assert version.run != "run"
+    assert fleet.hosts["a"].serving.serves == version
+
+
+def test_a_publisher_without_a_run_makes_up_its_own() -> None:
+    first, second = (Publisher(MemoryTransport({}, SimulatedClock(), silence_s=1.0)) for _ in range(2))
+    assert first.run != second.run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [({"run": "a b"}, "a run is named"), ({"deadline_s": 0}, "deadline"), ({"bucket_bytes": 5}, "multiple of 4096")],
+)
+def test_a_publisher_with_nonsense_is_refused(arguments: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Publisher(MemoryTransport({}, SimulatedClock(), silence_s=1.0), **arguments)
+
+
+def test_a_step_out_of_range_and_a_base_are_refused_before_anybody_is_asked() -> None:
+    fleet = MemoryFleet()
+    with pytest.raises(ValueError, match="a step is in"):
+        fleet.publisher.publish(STATE, -1)
+    with pytest.raises(ValueError, match="subset updates"):
+        fleet.publisher.publish(STATE, 1, base=ZERO)
+
+
+class Counting(MemoryTransport):
+    made = 0
+
+    def segment(self, size: int):
+        self.made += 1
+        return super().segment(size)
+
+
+def counting_fleet() -> tuple[Publisher, Counting]:
+    clock = SimulatedClock()
+    hosts = {name: FakeHost(name, clock=clock) for name in "ab"}
+    transport = Counting({name: host.receiver for name, host in hosts.items()}, clock, silence_s=30.0)
+    return Publisher(transport, run="run", deadline_s=5.0, bucket_bytes=BUCKET_BYTES, clock=clock), transport
+
+
+def test_segments_are_used_again_when_every_host_let_go() -> None:
+    publisher, transport = counting_fleet()
+    for step in range(4):
+        publisher.publish(learner_state(step), step)
+    assert transport.made == 6
+    transport.inject(Fault(kind=FaultKind.CORRUPT_SEGMENT, host="a", message="Stage"))
+    with pytest.raises(UpdateAborted):
+        publisher.publish(learner_state(5), 5)  # refused and confirmed: nobody holds anything
+    publisher.publish(learner_state(6), 6)
+    assert transport.made == 6
+
+
+def test_segments_that_a_host_may_still_read_are_never_written_again() -> None:
+    publisher, transport = counting_fleet()
+    publisher.publish(learner_state(1), 1)
+    transport.inject(Fault(kind=FaultKind.DROP, host="a", message="Vote"))
+    transport.inject(Fault(kind=FaultKind.DROP, host="a", message="Abort"))
+    with pytest.raises(UpdateAborted):
+        publisher.publish(learner_state(2), 2)
+    publisher.publish(learner_state(3), 3)
+    assert transport.made == 12
+
+
+def test_a_segment_pool_gives_each_bucket_its_own() -> None:
+    pool = SegmentPool(MemoryTransport({}, SimulatedClock(), silence_s=1.0), BUCKET_BYTES)
+    first = gather(STATE, TIED, pool, BUCKET_BYTES)
+    assert len({segment.data.data_ptr() for segment in first.segments}) == len(first.segments) == 6
+
+
+def test_a_connected_fleet_turns_a_second_publisher_away() -> None:
+    fleet = MemoryFleet()
+    fleet.publisher.publish(STATE, 1)
+    with pytest.raises(UpdateAborted, match="has a publisher already") as caught:
+        Publisher(fleet.transport, deadline_s=5.0, bucket_bytes=BUCKET_BYTES).publish(STATE, 2)
+    assert set(caught.value.hosts) == {"a", "b"}

@@ -1,0 +1,393 @@
+"""The transport between processes, with real ones: killed, frozen, restarted, and many updates long."""
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.weights_fleet import BUCKET_BYTES, FakeHost, learner_state
+
+from weights.errors import CommitIncomplete, DeadlineExceeded, MessageError, RosterError, TransportError, UpdateAborted
+from weights.manifest import Manifest
+from weights.messages import Hello, Offer, Refused, Stage, Welcome, decode, encode
+from weights.publisher import Publisher
+from weights.rendezvous import Roster, RosterHost, socket_path
+from weights.state import State
+from weights.transports.segment import SharedSegment, map_segment
+from weights.transports.server import HostServer
+from weights.transports.shared_memory import open_stream
+from weights.transports.stream import FrameStream
+
+FLEET = "fleet"
+SILENCE_S = 4.0
+PATIENCE_S = 60.0
+ROOT = Path(__file__).parents[2]
+
+
+class Process:
+    """A Python process whose lines are read without ever waiting for good."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def line(self) -> str:
+        return self._lines.get(timeout=PATIENCE_S)
+
+    def write(self, line: str) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(line + "\n")
+        self.popen.stdin.flush()
+
+    def end(self) -> None:
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+        self._reader.join()
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        self.popen.stdin.close()
+        self.popen.stdout.close()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self._lines.put(line.strip())
+
+
+class HostProcess(Process):
+    def __init__(self, host: str) -> None:
+        super().__init__("fakes.weights_host", FLEET, host, str(SILENCE_S))
+        self.host = host
+
+    def event(self, kind: str) -> dict[str, Any]:
+        """The next event of a kind; others before it are passed over."""
+        while True:
+            event: dict[str, Any] = json.loads(self.line())
+            if event["event"] == kind:
+                return event
+
+    def describe(self, *seeds: int) -> dict[str, Any]:
+        self.write(json.dumps({"seeds": seeds}))
+        return self.event("described")
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_ROLLOUT_RUNTIME_DIR", path)
+        yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def fleet(directory: Path) -> Iterator[dict[str, HostProcess]]:
+    """Two hosts in processes of their own, and their roster."""
+    Roster(
+        name=FLEET,
+        transport="shared_memory",
+        hosts=tuple(RosterHost(id=host, address=socket_path(FLEET, host)) for host in "ab"),
+        bucket_bytes=BUCKET_BYTES,
+        deadline_s=PATIENCE_S,
+        silence_s=2 * PATIENCE_S,
+    ).write()
+    hosts = {host: HostProcess(host) for host in "ab"}
+    for process in hosts.values():
+        process.event("ready")
+    yield hosts
+    for process in hosts.values():
+        process.end()
+
+
+def assert_all(fleet: dict[str, HostProcess], *, serve: str, hold: int) -> None:
+    for process in fleet.values():
+        found = process.describe(hold)
+        assert (found["state"], found["serves"], found["holds"]) == ("idle", serve, [hold])
+
+
+def await_settled(fleet: dict[str, HostProcess]) -> None:
+    """Asks hosts that have voted how they stand until they have settled."""
+    ends_at = time.monotonic() + PATIENCE_S
+    while any(process.describe()["state"] == "staged" for process in fleet.values()):
+        assert time.monotonic() < ends_at
+        time.sleep(0.02)
+
+
+def test_three_updates_reach_every_host(fleet: dict[str, HostProcess]) -> None:
+    with Publisher.connect(FLEET, run="three") as publisher:
+        for step in (1, 2, 3):
+            report = publisher.publish(learner_state(step), step)
+            assert set(report.hosts) == {"a", "b"}
+            assert set(report.phases) == {"gather", "offer", "stage", "vote", "commit"}
+            assert sum(report.phases.values()) == pytest.approx(report.seconds)
+            assert_all(fleet, serve=str(report.version), hold=step)
+
+
+def test_descriptors_mappings_and_memory_do_not_grow(fleet: dict[str, HostProcess]) -> None:
+    with Publisher.connect(FLEET, run="twenty") as publisher:
+        for step in range(3):
+            publisher.publish(learner_state(step), step)
+        before = {host: process.describe() for host, process in fleet.items()}
+        own = len(os.listdir("/proc/self/fd"))
+        for step in range(3, 23):
+            publisher.publish(learner_state(step), step)
+        assert len(os.listdir("/proc/self/fd")) == own
+        for host, process in fleet.items():
+            after = process.describe()
+            assert after["mapped"] == before[host]["mapped"] == 0
+            assert after["descriptors"] == before[host]["descriptors"]
+            assert after["resident_kib"] < before[host]["resident_kib"] + 4096
+
+
+def test_a_second_publisher_is_turned_away_while_the_first_is_connected(fleet: dict[str, HostProcess]) -> None:
+    with Publisher.connect(FLEET, run="first") as first:
+        with pytest.raises(UpdateAborted, match="has a publisher already, first") as caught:
+            Publisher.connect(FLEET, run="second")
+        assert set(caught.value.hosts) == {"a", "b"}
+        first.publish(learner_state(1), 1)  # unharmed
+    with Publisher.connect(FLEET, run="third") as third:
+        third.publish(learner_state(2), 1)
+
+
+@pytest.mark.parametrize(("before", "to", "expected"), [("Commit", "a", "old"), ("Commit", "b", "new")])
+def test_a_learner_killed_at_the_commit_leaves_one_version_everywhere(
+    fleet: dict[str, HostProcess], before: str, to: str, expected: str
+) -> None:
+    with Publisher.connect(FLEET, run=f"before-{expected}") as publisher:
+        old = publisher.publish(learner_state(10), 1).version
+    learner = Process("fakes.weights_learner", FLEET, f"killed-{expected}", "11", before, to)
+    assert learner.line() == "waiting"
+    learner.end()
+    await_settled(fleet)
+    if expected == "old":
+        assert_all(fleet, serve=str(old), hold=10)
+    else:
+        new = [process.describe(11) for process in fleet.values()]
+        assert [found["holds"] for found in new] == [[11], [11]]
+        assert new[0]["serves"] == new[1]["serves"] != str(old)
+    with Publisher.connect(FLEET, run=f"after-{expected}") as publisher:
+        version = publisher.publish(learner_state(12), 1).version
+    assert_all(fleet, serve=str(version), hold=12)
+
+
+def test_hosts_settle_under_a_frozen_learner_at_their_deadline(fleet: dict[str, HostProcess]) -> None:
+    with Publisher.connect(FLEET, run="before-frozen") as publisher:
+        old = publisher.publish(learner_state(20), 1).version
+    learner = Process("fakes.weights_learner", FLEET, "frozen", "21", "Commit", "a")
+    assert learner.line() == "waiting"
+    learner.popen.send_signal(signal.SIGSTOP)
+    await_settled(fleet)  # after SILENCE_S, by whichever host's clock runs out first
+    assert_all(fleet, serve=str(old), hold=20)
+    with Publisher.connect(FLEET, run="after-frozen") as publisher:  # the frozen one no longer counts as connected
+        publisher.publish(learner_state(22), 1)
+    learner.end()
+
+
+def test_a_frozen_host_hits_the_deadline_and_is_named(fleet: dict[str, HostProcess]) -> None:
+    with Publisher.connect(FLEET, run="host-frozen", deadline_s=1.5) as publisher:
+        old = publisher.publish(learner_state(30), 1).version
+        fleet["b"].popen.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(UpdateAborted, match=r"b sent 0 of 28 bytes of a frame within 1.5 s") as caught:
+            publisher.publish(learner_state(31), 2)
+        assert time.monotonic() - began < 5
+        assert list(caught.value.hosts) == ["b"]
+        fleet["b"].popen.send_signal(signal.SIGCONT)
+        assert_all(fleet, serve=str(old), hold=30)
+        version = publisher.publish(learner_state(32), 3).version
+    assert_all(fleet, serve=str(version), hold=32)
+
+
+def test_a_restarted_host_is_found_again(fleet: dict[str, HostProcess]) -> None:
+    with Publisher.connect(FLEET, run="restart") as publisher:
+        publisher.publish(learner_state(40), 1)
+        fleet["b"].end()
+        with pytest.raises(UpdateAborted, match="cannot connect to b") as caught:
+            publisher.publish(learner_state(41), 2)
+        assert list(caught.value.hosts) == ["b"]
+        fleet["b"] = HostProcess("b")  # on the path where the killed one left its socket
+        fleet["b"].event("ready")
+        version = publisher.publish(learner_state(42), 3).version
+    assert_all(fleet, serve=str(version), hold=42)
+
+
+def test_a_fleet_that_is_not_there_is_named_with_those_that_are(fleet: dict[str, HostProcess]) -> None:
+    with pytest.raises(RosterError, match=r"no fleet 'other' .*there: fleet"):
+        Publisher.connect("other")
+
+
+@pytest.fixture
+def served(directory: Path) -> Iterator[tuple[FakeHost, RosterHost]]:
+    """A host in this process, behind a real socket."""
+    host = FakeHost("solo", clock=time.monotonic)
+    address = RosterHost(id="solo", address=socket_path("solo", "solo"))
+    with HostServer(host.receiver, address.address, tuple, deadline_s=5.0, takeover_s=0.1):
+        yield host, address
+    assert not os.path.exists(address.address)
+
+
+def greet(address: RosterHost) -> FrameStream:
+    stream = open_stream(address, 5.0)
+    stream.send(encode(Hello(sequence=1, protocol=1, publisher="test")), None, 5.0)
+    assert isinstance(decode(stream.receive(5.0)[0]), Welcome)
+    return stream
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"MoRW" + b"\xff" * 24,
+        encode(Refused(sequence=1, update="", state=State.IDLE, reason="a reply is no request")),
+    ],
+    ids=["http", "length", "reply"],
+)
+def test_garbage_ends_its_connection_and_harms_nobody(
+    served: tuple[FakeHost, RosterHost], garbage: bytes, greeted: bool
+) -> None:
+    host, address = served
+    stream = greet(address) if greeted else open_stream(address, 5.0)
+    stream.send(garbage, None, 5.0)
+    if greeted:
+        reply = decode(stream.receive(5.0)[0])
+        assert isinstance(reply, Refused)
+        assert reply.sequence == 0
+        assert "could not read a message" in reply.reason
+    with pytest.raises((TransportError, MessageError)):
+        stream.receive(5.0)
+    stream.close()
+    greet(address).close()
+    assert host.serving.serves == host.initial
+
+
+def test_a_frame_cut_by_the_end_of_its_connection_aborts_the_update(served: tuple[FakeHost, RosterHost]) -> None:
+    host, address = served
+    stream = greet(address)
+    stream.send(encode(Stage(sequence=2, update="u", bucket=0))[:40], None, 5.0)
+    stream.close()
+    greet(address).close()
+    assert host.receiver.state is State.IDLE
+
+
+@pytest.mark.parametrize("kind", ["file", "unsealed"])
+def test_only_sealed_segments_are_mapped(served: tuple[FakeHost, RosterHost], kind: str) -> None:
+    host, address = served
+    open_before = len(os.listdir("/proc/self/fd"))
+    stream = greet(address)
+    if kind == "file":
+        descriptor = os.open("/dev/null", os.O_RDONLY)
+    else:
+        descriptor = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, 4096)
+    stream.send(encode(Stage(sequence=2, update="u", bucket=0)), descriptor, 5.0)
+    os.close(descriptor)
+    reply = decode(stream.receive(5.0)[0])
+    assert isinstance(reply, Refused)
+    assert "a segment is" in reply.reason
+    with pytest.raises(TransportError):
+        stream.receive(5.0)
+    stream.close()
+    greet(address).close()  # the host has let go of the last connection, and of all that came with it
+    assert host.receiver.state is State.IDLE
+    assert len(os.listdir("/proc/self/fd")) <= open_before + 2
+
+
+def test_a_living_host_keeps_its_socket(served: tuple[FakeHost, RosterHost]) -> None:
+    host, address = served
+    with pytest.raises(TransportError, match="a living host listens"):
+        HostServer(host.receiver, address.address, tuple, deadline_s=1.0)
+
+
+def test_a_connection_must_begin_with_a_greeting(served: tuple[FakeHost, RosterHost]) -> None:
+    _, address = served
+    stream = open_stream(address, 5.0)
+    stream.send(encode(Stage(sequence=1, update="u", bucket=0)), None, 5.0)
+    reply = decode(stream.receive(5.0)[0])
+    assert isinstance(reply, Refused)
+    assert "begins with Hello or Ask, got Stage" in reply.reason
+    stream.close()
+
+
+def test_closing_a_server_waits_for_the_commit_under_way(directory: Path) -> None:
+    host = FakeHost("last", clock=time.monotonic)
+    Roster(
+        name="closing",
+        transport="shared_memory",
+        hosts=(RosterHost(id="last", address=socket_path("closing", "last")),),
+        bucket_bytes=BUCKET_BYTES,
+        deadline_s=20.0,
+        silence_s=40.0,
+    ).write()
+    host.serving.may_write.clear()
+    server = HostServer(host.receiver, socket_path("closing", "last"), tuple, deadline_s=5.0)
+    publisher = Publisher.connect("closing")
+
+    def publish() -> None:
+        with suppress(CommitIncomplete):  # the reply may or may not get out before the connection ends
+            publisher.publish(learner_state(1), 1)
+
+    learner = threading.Thread(target=publish)
+    learner.start()
+    assert host.serving.in_pause.wait(PATIENCE_S)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    host.serving.may_write.set()
+    closing.join()
+    learner.join()
+    publisher.close()
+    assert host.holds(learner_state(1))
+    assert host.receiver.version == host.serving.serves != host.initial
+
+
+def test_a_segment_outlives_its_publisher_and_cannot_shrink() -> None:
+    segment = SharedSegment(8192)
+    segment.data[:3] = 7
+    mapped = map_segment(os.dup(segment.descriptor))
+    with pytest.raises(OSError):
+        os.ftruncate(segment.descriptor, 1)
+    segment.close()
+    assert mapped[:4].tolist() == [7, 7, 7, 0]
+    assert mapped.numel() == 8192
+
+
+def test_a_peer_that_takes_nothing_hits_the_deadline() -> None:
+    ours, theirs = socket.socketpair()
+    stream = FrameStream(ours, "a sleeper")
+    with pytest.raises(DeadlineExceeded, match="a sleeper did not take"):
+        stream.send(bytes(8 << 20), None, 0.05)
+    stream.close()
+    theirs.close()
+
+
+def test_large_frames_arrive_whole() -> None:
+    ours, theirs = socket.socketpair()
+    near, far = FrameStream(ours, "near"), FrameStream(theirs, "far")
+    offer = Offer(
+        sequence=1, update="u" * (5 << 20), run="r", step=1, base=None, bucket_bytes=4096, manifest=Manifest(())
+    )
+    sender = threading.Thread(target=near.send, args=(encode(offer), None, PATIENCE_S))
+    sender.start()
+    frame, descriptor = far.receive(PATIENCE_S)
+    sender.join()
+    assert (decode(frame), descriptor) == (offer, None)
+    near.close()
+    far.close()

@@ -1,0 +1,34 @@
+"""What a receiver needs from the world around it: the host that serves its parameters, and that host's siblings."""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from weights.messages import Answer, Ask
+from weights.version import WeightVersion
+
+
+class Serving(Protocol):
+    """What a host gives its receiver: a pause, and the last word on what it serves."""
+
+    def paused(self) -> AbstractContextManager[object]:
+        """Inside, no engine step runs. DeadlineExceeded on entry if the running step does not end in time."""
+        ...
+
+    def committed(self, version: WeightVersion) -> None:
+        """Called inside the pause, after the live parameters were verified: serve this version from now on."""
+        ...
+
+    def torn(self, reason: str) -> None:
+        """Called inside the pause: serve nothing until a later `committed`."""
+        ...
+
+
+class Sibling(Protocol):
+    """Another host of the fleet, as a host that lost its publisher sees it."""
+
+    @property
+    def host(self) -> str: ...
+
+    def ask(self, question: Ask) -> Answer:
+        """TransportError or MessageError if it cannot be reached or does not answer in time."""
+        ...
