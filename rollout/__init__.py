@@ -8,16 +8,19 @@ from rollout.errors import (
     HostDied,
     HostFailed,
     HostGone,
+    QueueFull,
     RolloutError,
+    VersionTooOld,
 )
 from rollout.fleet import Fleet
-from rollout.request import Completion, FinishReason, Prompt, SamplingParams, Score, VersionSpan
+from rollout.request import Completion, DiscardedKv, FinishReason, Prompt, SamplingParams, Score, VersionSpan
 from rollout.status import FleetStatus, HostStatus
 
 __all__ = [
     "Completion",
     "ConfigError",
     "DeadlineExceeded",
+    "DiscardedKv",
     "FinishReason",
     "Fleet",
     "FleetNotFound",
@@ -27,9 +30,11 @@ __all__ = [
     "HostGone",
     "HostStatus",
     "Prompt",
+    "QueueFull",
     "RolloutConfig",
     "RolloutError",
     "SamplingParams",
     "Score",
     "VersionSpan",
+    "VersionTooOld",
 ]

@@ -28,16 +28,19 @@ class EngineConfig:
     block_size: int = 16
     """Tokens per block of the KV cache."""
     kv_blocks: int | None = None
-    """Blocks of the KV cache; None takes what max_running sequences of max_context need."""
+    """Blocks of the KV cache; None takes what max_running sequences of max_context need. Where blocks run out, the
+    youngest sequences step back and resume later with the same tokens."""
+    prefix_cache: bool = True
+    """Find prefixes that were read before under the same version."""
+    max_waiting: int = 16384
+    """Sequences that wait, at most; beyond it a host takes no more and says so."""
     prefill_chunk: int = 512
     """Prompt tokens per step, at most; they share the step with the sequences that decode."""
     cpu_threads: int = 1
     """PyTorch threads of a host that runs on the CPU."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "engine", "max_running", "max_context", "block_size", "kv_blocks", "prefill_chunk", "cpu_threads"
-        )
+        require_positive(self, "engine", *(f.name for f in fields(self) if f.name != "prefix_cache"))
 
     @property
     def blocks(self) -> int:
@@ -55,8 +58,9 @@ class WeightsConfig:
     """shared_memory: learner and hosts on one machine. None: no learner will ever publish."""
     bucket_mib: int = 256
     """Size of the segments that tensors travel in, in MiB; a larger tensor is sliced."""
-    requests_in_flight: Literal["keep"] = "keep"
-    """What becomes of running requests at a commit: keep goes on with the keys and values they have."""
+    requests_in_flight: Literal["keep", "recompute", "abort"] = "keep"
+    """What becomes of running requests at a commit: they go on with the keys and values they have, rebuild them under
+    the new version, or end. A request may say otherwise."""
 
     def __post_init__(self) -> None:
         require_positive(self, "weights", "bucket_mib")
@@ -79,6 +83,10 @@ class DeadlineConfig:
     """For the next completion of any host while requests are running."""
     stop_s: float = 20.0
     """For a host to stop."""
+    answer_s: float = 30.0
+    """For a host's answer to the launcher that watches it; beyond it the host counts as frozen and is started again."""
+    torn_s: float = 60.0
+    """For an update to heal a torn host, before it is started again."""
 
     def __post_init__(self) -> None:
         require_positive(self, "deadlines", *(f.name for f in fields(self)))
@@ -119,6 +127,9 @@ class RolloutConfig:
     """auto: cuda where there is one."""
     hosts: int = 1
     """Replicas of the model."""
+    restarts: int = 5
+    """Times within an hour that a host which died, froze, failed or stayed torn is started again; then it is left
+    out."""
     gpus_per_host: float = 1.0
     """Share of a GPU that Ray sets aside for a host that runs on one; below 1 leaves room for a learner on the same
     card."""
@@ -132,6 +143,8 @@ class RolloutConfig:
         if not self.model:
             raise ConfigError("model: got an empty path; give a Hugging Face checkpoint folder")
         require_positive(self, "", "hosts", "gpus_per_host")
+        if self.restarts < 0:
+            raise ConfigError(f"restarts: got {self.restarts}, must be at least 0")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "RolloutConfig":

@@ -5,10 +5,12 @@ RolloutError
 ├── DeadlineExceeded   (also a TimeoutError) a wait that outlasted its deadline; says what it waited for
 ├── FleetNotFound      no fleet of that name can be reached
 ├── HostFailed         a host stopped because of an error of its own; carries it as text
+├── QueueFull          a host has as many requests as it may hold
+├── VersionTooOld      a request is to be refused below a version that the host has not reached
+├── CheckpointError    a checkpoint folder does not hold what it says (rollout.model.checkpoint)
 ├── HostGone           a host's process does not answer any more
 └── HostDied           a host's process is gone; names the requests that it took along
 """
-
 
 NAMED_REQUESTS = 10  # of those that a dead host took along, in the message; the error holds them all
 
@@ -44,6 +46,14 @@ class FleetNotFound(RolloutError):
 
 class HostFailed(RolloutError):
     """A host stopped because of an error of its own and serves nothing."""
+
+
+class QueueFull(RolloutError):
+    """A host has as many unfinished requests as it may hold; it takes more when some are done."""
+
+
+class VersionTooOld(RolloutError):
+    """A request is to be refused below a version that the host has not reached."""
 
 
 class HostGone(RolloutError):

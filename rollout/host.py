@@ -5,6 +5,7 @@ host to pause, writes in place, verifies, and tells it the version that it now s
 """
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
@@ -16,9 +17,10 @@ import torch
 
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
+from rollout.engine.group import Group
 from rollout.engine.loop import EngineLoop
 from rollout.engine.sequence import Purpose, Sequence
-from rollout.errors import DeadlineExceeded, HostFailed
+from rollout.errors import DeadlineExceeded, HostFailed, QueueFull, VersionTooOld
 from rollout.hosting import hosting_of
 from rollout.model.decoder import Decoder
 from rollout.model.end_of_sequence import end_of_sequence_ids
@@ -26,11 +28,13 @@ from rollout.model.hosted import HostedModel
 from rollout.outbox import Outbox
 from rollout.request import Completion, Prompt, SamplingParams, Score
 from rollout.status import HostStatus
+from weights.digest import Digest
 from weights.errors import DeadlineExceeded as PauseDeadlineExceeded
+from weights.publisher import Publisher
 from weights.receiver import Receiver
-from weights.rendezvous import socket_path
+from weights.rendezvous import RosterHost, socket_path
 from weights.transports.server import HostServer
-from weights.transports.shared_memory import siblings
+from weights.transports.shared_memory import OneHost, siblings
 from weights.version import WeightVersion
 
 CHECKPOINT_RUN = "checkpoint"
@@ -43,9 +47,14 @@ class Introduction:
 
     host_id: str
     config: RolloutConfig
-    version: WeightVersion
+    version: WeightVersion | None
+    """None where it holds back until a first commit."""
     address: str | None
     """Where learners and siblings reach its receiver; None where no learner will publish."""
+    process: int
+    """Its id on its machine."""
+    machine: str
+    """The machine's name."""
 
 
 class Host:
@@ -54,12 +63,14 @@ class Host:
     Args:
         config: the fleet's, rl_mode resolved.
         host_id: unique in the fleet.
+        hold: serve nothing before the first commit. For a host that was started again while the fleet is past its
+            checkpoint.
 
     Raises:
         ValueError: the checkpoint cannot be hosted, or its routing cannot be matched.
     """
 
-    def __init__(self, config: RolloutConfig, host_id: str) -> None:
+    def __init__(self, config: RolloutConfig, host_id: str, *, hold: bool = False) -> None:
         self.config = config
         self.host_id = host_id
         device = torch.device("cuda" if uses_gpu(config.device) else "cpu")
@@ -73,28 +84,34 @@ class Host:
             config.engine,
             eos_token_ids=end_of_sequence_ids(config.model),
             version=version,
+            at_commit=config.weights.requests_in_flight,
         )
         self._loop = EngineLoop(engine, finished=self._finished, failed=self._failed)
         self._outbox = Outbox()
         self._scores: dict[tuple[str, str, int], Future[Score]] = {}
         self._scores_asked = 0
         self._scores_lock = threading.Lock()
+        self._unfinished = 0
+        self._unfinished_lock = threading.Lock()
         self._failure = ""
-        self._torn = ""
+        self._torn = "waits for the fleet's version" if hold else ""
+        self._loop.serving = not hold
         self._receiver = Receiver(
             host=host_id,
             layout=model.layout,
             parameters=model.parameters,
             serving=self,
-            version=version,
+            version=None if hold else version,
             silence_s=config.deadlines.silence_s,
         )
         self._door = open_door(config, self._receiver)
         self.introduction = Introduction(
             host_id=host_id,
             config=config,
-            version=version,
+            version=None if hold else version,
             address=None if self._door is None else socket_path(config.name, host_id),
+            process=os.getpid(),
+            machine=socket.gethostname(),
         )
         self._loop.start()
 
@@ -102,18 +119,22 @@ class Host:
         """Queues n samples of every prompt. Never waits for an update.
 
         Raises:
-            ValueError: one of them can never run; none is queued then.
+            ValueError: one of them can never run; none is queued then, nor in the next two cases.
+            VersionTooOld: a prompt is to be refused below a version that this host has not reached.
+            QueueFull: more would wait than engine.max_waiting.
             HostFailed: the engine has stopped.
         """
         self._check_running()
-        sequences = [
-            Sequence((client, prompt.id, sample), prompt, params)
-            for prompt, params in prompts
-            for sample in range(params.n)
-        ]
+        sequences = []
+        for prompt, params in prompts:
+            params = params.seeded(int.from_bytes(os.urandom(8), "big") >> 1)
+            group = Group(params.n) if params.n > 1 else None
+            sequences += [Sequence((client, prompt.id, n), prompt, params, group=group) for n in range(params.n)]
         for sequence in sequences:
             self._loop.engine.validate(sequence)
+        self._check_versions(prompts)
         self._outbox.open(client)
+        self._take(len(sequences))
         self._loop.post(lambda engine: engine.add(*sequences))
 
     def collect(self, client: str, wait_s: float) -> list[Completion]:
@@ -178,6 +199,25 @@ class Host:
             detail=self._failure or self._torn,
         )
 
+    def verify(self) -> tuple[WeightVersion | None, Digest]:
+        """The version that the host serves, and the digest of what its parameters hold, worked out anew."""
+        return self._receiver.version, self._receiver.live_digest()
+
+    def share(self, host_id: str, address: str) -> WeightVersion:
+        """Brings a sibling to the very version that this host serves, from this host's parameters.
+
+        Raises:
+            UpdateAborted: this host has no version, took another while it shared, or the sibling refused.
+            CommitIncomplete: the sibling is torn.
+        """
+        version, tensors = self._receiver.content()
+        sibling = OneHost(RosterHost(id=host_id, address=address))
+        deadlines, weights = self.config.deadlines, self.config.weights
+        with Publisher(
+            sibling, run=version.run, deadline_s=deadlines.message_s, bucket_bytes=weights.bucket_mib << 20
+        ) as publisher:
+            return publisher.publish(tensors, step=version.step, digest=version.digest).version
+
     def stop(self) -> None:
         """Ends the engine after its running step, and takes no more updates.
 
@@ -202,7 +242,8 @@ class Host:
 
     def committed(self, version: WeightVersion) -> None:
         """Inside the pause: the parameters hold this version, verified."""
-        self._loop.engine.commit(version)
+        for sequence in self._loop.engine.commit(version):
+            self._finished(sequence)
         self._loop.serving = True
         self._torn = ""
 
@@ -219,6 +260,31 @@ class Host:
                 self._scores.pop(sequence.key).set_result(sequence.score())
         else:
             self._outbox.put(sequence.key[0], sequence.completion(self.host_id))
+            self._take(-1)
+
+    def _take(self, count: int) -> None:
+        """Counts generating sequences that are not finished."""
+        engine = self.config.engine
+        with self._unfinished_lock:
+            if count > 0 and self._unfinished + count > engine.max_running + engine.max_waiting:
+                raise QueueFull(
+                    f"{self.host_id} has {self._unfinished} unfinished samples and cannot take {count} more "
+                    f"(engine.max_running={engine.max_running}, engine.max_waiting={engine.max_waiting}): "
+                    "collect some first, submit fewer at once, or raise engine.max_waiting"
+                )
+            self._unfinished += count
+
+    def _check_versions(self, prompts: Many[tuple[Prompt, SamplingParams]]) -> None:
+        version = self._loop.engine.version
+        late = [
+            f"{prompt.id} wants {params.min_version}"
+            for prompt, params in prompts
+            if params.min_version is not None
+            and params.below_min_version == "refuse"
+            and not (params.min_version.run == version.run and params.min_version <= version)
+        ]
+        if late:
+            raise VersionTooOld(f"{self.host_id} serves {version}; " + "; ".join(late[:10]))
 
     def _check_running(self) -> None:
         if self._failure:

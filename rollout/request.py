@@ -6,6 +6,7 @@ P tokens of the prompt, C sampled tokens, L mixture-of-experts layers, K experts
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,10 @@ class Prompt:
     def __post_init__(self) -> None:
         if not self.token_ids:
             raise ValueError(f"prompt {self.id!r} is empty: give at least one token id")
+
+
+AtCommit = Literal["keep", "recompute", "abort"]
+"""keep: go on with the keys and values at hand. recompute: rebuild them under the new version. abort: end there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +62,16 @@ class SamplingParams:
     """Go on past the checkpoint's end-of-sequence tokens."""
     record_routing: bool = False
     """Return the experts of every token, the prompt's included."""
+    return_kept: bool = False
+    """Return, per sampled token, the ids that top_k and top_p kept: a trainer can renormalise as the sampler did."""
+    at_commit: AtCommit | None = None
+    """What becomes of the request at a commit; None leaves it to weights.requests_in_flight of the configuration."""
+    min_version: WeightVersion | None = None
+    """Begin under this version or a later step of its run."""
+    below_min_version: Literal["wait", "refuse"] = "wait"
+    """What happens where the host is not there yet: the request waits in the queue, or is refused."""
+    max_staleness: int | None = None
+    """Commits that the request may live through once it has begun; at the next one it is dropped as stale."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -67,6 +82,7 @@ class SamplingParams:
                 ("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0"),
                 ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1"),
                 ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("max_staleness", self.max_staleness, (self.max_staleness or 0) >= 0, "None or at least 0"),
                 ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "None or in [0, 2**63)"),
             )
             if not ok
@@ -79,6 +95,27 @@ class SamplingParams:
         return self if self.seed is not None else replace(self, seed=seed)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VersionSpan:
+    """Positions [start, stop) that were made under one weight version."""
+
+    version: WeightVersion
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiscardedKv:
+    """Keys and values that sampled tokens [start, stop) were made with, and that were then thrown away.
+
+    A commit with recompute throws them away, and so does preemption; they are rebuilt under the version of the time.
+    """
+
+    start: int
+    stop: int
+    kv_version_spans: tuple[VersionSpan, ...]
+
+
 class FinishReason(StrEnum):
     """Why a completion ended."""
 
@@ -87,18 +124,11 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """max_tokens were sampled."""
     ABORT = "abort"
-    """The caller cancelled it."""
+    """The caller cancelled it, or a commit came and the request was to abort at one."""
+    STALE = "stale"
+    """It lived through more commits than max_staleness allows."""
     NOT_A_NUMBER = "not_a_number"
     """The model's logits held NaN or +inf, or no finite value: nothing can be sampled from them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VersionSpan:
-    """Positions [start, stop) that were made under one weight version."""
-
-    version: WeightVersion
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +155,11 @@ class Completion:
     kv_version_spans: tuple[VersionSpan, ...]
     """Which version wrote each position's keys and values; positions count from the prompt's first token, 0 .. P + C
     - 1 (the last token has none yet)."""
+    discarded_kv: tuple[DiscardedKv, ...] = ()
+    """Keys and values that earlier tokens saw and kv_version_spans no longer tells of, in the order of tokens. The
+    tokens after the last of them were made with what kv_version_spans tells."""
+    kept_token_ids: tuple[NDArray[np.int32], ...] | None = None
+    """Per sampled token, the ids kept by top_k and top_p, ascending; None unless return_kept."""
     expert_ids: NDArray[np.unsignedinteger] | None = None
     """[P + C - 1, L, K] in the smallest unsigned dtype that fits; None unless record_routing."""
     expert_weights: NDArray[np.float32] | None = None

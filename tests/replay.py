@@ -1,6 +1,7 @@
 """Recomputes a completion's log-probabilities, each key and value rebuilt with the version that wrote it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -8,8 +9,10 @@ from torch import Tensor
 from rollout.model.batch import ForwardBatch
 from rollout.model.decoder import Decoder
 from rollout.model.hosted import HostedModel
-from rollout.request import Completion
+from rollout.request import Completion, VersionSpan
 from weights.version import WeightVersion
+
+Weights = Mapping[WeightVersion, Mapping[str, Tensor]]
 
 
 def load(model: HostedModel, wire: Mapping[str, Tensor]) -> None:
@@ -18,28 +21,43 @@ def load(model: HostedModel, wire: Mapping[str, Tensor]) -> None:
         block.copy_(wire[name])
 
 
-@torch.inference_mode()
-def replayed_logprobs(
-    completion: Completion, model: HostedModel, weights: Mapping[WeightVersion, Mapping[str, Tensor]]
-) -> list[float]:
+def replayed_logprobs(completion: Completion, model: HostedModel, weights: Weights) -> list[float]:
     """Log-probabilities (temperature 1) of the sampled tokens.
+
+    Tokens that were made with keys and values that were thrown away later are replayed with those.
 
     Args:
         model: scratch; its parameters are overwritten.
         weights: the wire tensors of every version that the completion names.
     """
+    logprobs: list[float] = []
+    for lost in completion.discarded_kv:
+        assert lost.start == len(logprobs)
+        logprobs += replayed(completion, lost.kv_version_spans, lost.start, lost.stop, model, weights)
+    stop = len(completion.token_ids)
+    return logprobs + replayed(completion, completion.kv_version_spans, len(logprobs), stop, model, weights)
+
+
+@torch.inference_mode()
+def replayed(
+    completion: Completion, kv: Sequence[VersionSpan], start: int, stop: int, model: HostedModel, weights: Weights
+) -> list[float]:
+    """Log-probabilities of sampled tokens [start, stop), which were made with keys and values of these spans."""
+    if start == stop:
+        return []
     tokens = [*completion.prompt_token_ids, *completion.token_ids]
-    prompt_length, length = len(completion.prompt_token_ids), len(tokens) - 1
-    assert completion.kv_version_spans[0].start == 0
-    assert completion.kv_version_spans[-1].stop == length
-    kv = model.kv_cache(blocks=1, block_size=len(tokens))
+    first = len(completion.prompt_token_ids) + start - 1  # the row that the first of these tokens was drawn from
+    length = len(completion.prompt_token_ids) + stop - 1
+    assert kv[0].start == 0
+    assert kv[-1].stop == length
+    assert all(before.stop == after.start for before, after in pairwise(kv))
+    cache = model.kv_cache(blocks=1, block_size=len(tokens))
     decoder = Decoder(model.spec, model.parameters)
     logprobs: list[float] = []
-    for before, span in zip((None, *completion.kv_version_spans), completion.kv_version_spans, strict=False):
-        assert before is None or before.stop == span.start, "a position has no version, or two"
+    for span in kv:
         load(model, weights[span.version])
         positions = torch.arange(span.start, span.stop)
-        predicts = [p for p in positions.tolist() if p + 1 >= prompt_length]
+        predicts = [p for p in positions.tolist() if p >= first]
         batch = ForwardBatch(
             token_ids_T=torch.tensor(tokens[span.start : span.stop]),
             positions_T=positions,
@@ -49,7 +67,7 @@ def replayed_logprobs(
             block_tables_SB=torch.zeros((1, 1), dtype=torch.int64),
             logit_rows_R=torch.tensor(predicts, dtype=torch.int64) - span.start,
         )
-        logits_RV = decoder.forward(batch, kv, record_routing=False).logits_RV
+        logits_RV = decoder.forward(batch, cache, record_routing=False).logits_RV
         targets = torch.tensor([tokens[p + 1] for p in predicts], dtype=torch.int64)
         logprobs += torch.log_softmax(logits_RV, dim=1).gather(1, targets[:, None])[:, 0].tolist()
     return logprobs

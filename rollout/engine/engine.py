@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rollout.config import EngineConfig
 from rollout.engine.blocks import BlockPool
+from rollout.engine.counts import Counts
 from rollout.engine.noise import sample_seed
 from rollout.engine.sampler import sample
 from rollout.engine.scheduler import ScheduledRows, Scheduler
@@ -21,7 +22,7 @@ from rollout.model.batch import ForwardBatch
 from rollout.model.decoder import Decoder, ForwardOutput
 from rollout.model.hosted import HostedModel
 from rollout.model.spec import DecoderSpec, MoeSpec
-from rollout.request import FinishReason
+from rollout.request import AtCommit, FinishReason
 from weights.version import WeightVersion
 
 
@@ -34,6 +35,7 @@ class Engine:
         config: what may run at once.
         eos_token_ids: the checkpoint's end-of-sequence tokens.
         version: what the parameters hold.
+        at_commit: what becomes of sequences that do not say.
     """
 
     def __init__(
@@ -44,11 +46,14 @@ class Engine:
         *,
         eos_token_ids: frozenset[int],
         version: WeightVersion,
+        at_commit: AtCommit = "keep",
     ) -> None:
         self.model = model
         self.decoder = decoder
         self.config = config
         self.version = version
+        self.at_commit = at_commit
+        self.counts = Counts()
         self.eos_token_ids = eos_token_ids
         self.kv = model.kv_cache(blocks=config.blocks, block_size=config.block_size)
         self.device = self.kv.keys.device
@@ -58,6 +63,8 @@ class Engine:
             max_running=config.max_running,
             prefill_chunk=config.prefill_chunk,
             block_size=config.block_size,
+            prefix_cache=config.prefix_cache,
+            copy_block=self.kv.copy_block,
         )
 
     @property
@@ -81,29 +88,56 @@ class Engine:
         """Ends every chosen sequence where it stands and returns them."""
         gone = self.scheduler.withdraw(chosen)
         for sequence in gone:
-            sequence.finish_reason = FinishReason.ABORT
+            self.end(sequence, FinishReason.ABORT)
         return gone
 
-    def commit(self, version: WeightVersion) -> None:
-        """The parameters now hold `version`: running sequences keep their keys and values, scores begin again."""
+    def commit(self, version: WeightVersion) -> list[Sequence]:
+        """The parameters now hold `version`; returns the sequences that this ended.
+
+        A sequence that has begun keeps its keys and values, rebuilds them or ends, as it or the configuration says; one
+        that has lived through too many commits ends; scores begin again.
+        """
         self.version = version
-        for sequence in self.scheduler.running:
+        self.scheduler.new_version()
+        begun = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.computed or s.sampled]
+        ended: dict[tuple[str, str, int], FinishReason] = {}
+        for sequence in begun:
+            sequence.commits += 1
+            policy = sequence.params.at_commit or self.at_commit
+            limit = sequence.params.max_staleness
             if sequence.purpose is Purpose.SCORE:
-                sequence.restart()
+                self.scheduler.rebuild(sequence)
+            elif policy == "abort":
+                ended[sequence.key] = FinishReason.ABORT
+            elif limit is not None and sequence.commits > limit:
+                ended[sequence.key] = FinishReason.STALE
+            elif policy == "recompute" and sequence.computed:
+                self.scheduler.rebuild(sequence)
+        gone = self.scheduler.withdraw(lambda sequence: sequence.key in ended)
+        for sequence in gone:
+            self.end(sequence, ended[sequence.key])
+        return gone
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """Runs every running sequence on by one token or one chunk of its prompt; returns those that finished."""
-        scheduled = self.scheduler.schedule()
-        if not scheduled:
-            return []
-        output = self.decoder.forward(
-            self.batch(scheduled),
-            self.kv,
-            record_routing=any(rows.sequence.params.record_routing for rows in scheduled),
-        )
-        self.record(scheduled, output)
-        return self.append(scheduled, output.logits_RV)
+        scheduled = self.scheduler.schedule(self.version)
+        run = [entry for entry in scheduled if entry.rows]
+        logits_V: dict[tuple[str, str, int], Tensor] = {}
+        finished: list[Sequence] = []
+        if run:
+            recording = any(entry.sequence.params.record_routing for entry in run)
+            output = self.decoder.forward(self.batch(run), self.kv, record_routing=recording)
+            self.record(run, output)
+            finished += self.advance(run, output.logits_RV, logits_V)
+        for entry in scheduled:
+            if entry.sequence.first_logits_V is not None:
+                logits_V[entry.sequence.key] = entry.sequence.first_logits_V
+                entry.sequence.first_logits_V = None
+        finished += self.sample([entry.sequence for entry in scheduled if entry.sequence.key in logits_V], logits_V)
+        for sequence in finished:
+            self.scheduler.finish(sequence)
+        return finished
 
     def batch(self, scheduled: list[ScheduledRows]) -> ForwardBatch:
         """The rows of a step as tensors."""
@@ -149,15 +183,18 @@ class Engine:
             if entry.sequence.params.record_routing and ids_TLK is not None and weights_TLK is not None:
                 entry.sequence.record(np.ascontiguousarray(ids_TLK[rows]), np.ascontiguousarray(weights_TLK[rows]))
 
-    def append(self, scheduled: list[ScheduledRows], logits_RV: Tensor) -> list[Sequence]:
-        """Gives each sequence what its logit rows say; returns the finished ones, their blocks freed."""
-        finished = []
-        sampling: list[tuple[Sequence, int]] = []
+    def advance(
+        self, run: list[ScheduledRows], logits_RV: Tensor, logits_V: dict[tuple[str, str, int], Tensor]
+    ) -> list[Sequence]:
+        """Takes in the rows that were run: scores get their log-probabilities, and `logits_V` the row of every sequence
+        that a token is to be drawn for. Returns the scores that are complete.
+        """
+        scored = []
         row = 0
-        for entry in scheduled:
-            sequence = entry.sequence
-            start = sequence.computed
+        for entry in run:
+            sequence, start = entry.sequence, entry.sequence.computed
             sequence.advance(entry.rows, self.version)
+            self.scheduler.remember(sequence, self.version)
             if sequence.purpose is Purpose.SCORE:
                 targets = sequence.token_ids[start + 1 : start + entry.rows + 1]
                 logits = logits_RV[row : row + len(targets)]
@@ -165,37 +202,44 @@ class Engine:
                 logprobs = torch.log_softmax(logits, dim=1).gather(1, self.int64(targets)[:, None])[:, 0]
                 sequence.model_logprobs += logprobs.tolist()
                 if sequence.uncomputed == 0:
-                    sequence.finish_reason = FinishReason.LENGTH
-                    finished.append(sequence)
+                    self.end(sequence, FinishReason.LENGTH)
+                    scored.append(sequence)
             elif sequence.uncomputed == 0:
-                sampling.append((sequence, row))
+                logits_V[sequence.key] = logits_RV[row]
                 row += 1
-        finished += self.sample(sampling, logits_RV)
-        for sequence in finished:
-            self.scheduler.finish(sequence)
-        return finished
+                if not sequence.sampled:
+                    self.counts.prompt_tokens += len(sequence.prompt.token_ids)
+                    self.scheduler.prompt_read(sequence, logits_V[sequence.key], self.version)
+        return scored
 
-    def sample(self, sampling: list[tuple[Sequence, int]], logits_RV: Tensor) -> list[Sequence]:
+    def sample(self, sequences: list[Sequence], logits_V: dict[tuple[str, str, int], Tensor]) -> list[Sequence]:
         """Appends one token to each of these sequences; returns the finished ones."""
-        if not sampling:
+        if not sequences:
             return []
-        finished = []
-        sequences = [sequence for sequence, _ in sampling]
         outcomes = sample(
-            logits_RV[self.int64([row for _, row in sampling])],
+            torch.stack([logits_V[sequence.key] for sequence in sequences]),
             [sequence.params for sequence in sequences],
             [sample_seed(seed_of(sequence), sequence.key[2]) for sequence in sequences],
             [len(sequence.token_ids) for sequence in sequences],
         )
+        finished = []
         for sequence, outcome in zip(sequences, outcomes, strict=True):
             if outcome is None:
-                sequence.finish_reason = FinishReason.NOT_A_NUMBER
+                reason: FinishReason | None = FinishReason.NOT_A_NUMBER
             else:
-                sequence.append(outcome.token_id, outcome.logprob, outcome.model_logprob, self.version)
-                sequence.finish_reason = self.finish_reason(sequence)
-            if sequence.finish_reason is not None:
+                sequence.append(outcome, self.version)
+                self.counts.tokens_by_version[self.version] += 1
+                reason = self.finish_reason(sequence)
+            if reason is not None:
+                self.end(sequence, reason)
                 finished.append(sequence)
         return finished
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """The sequence is done; the scheduler's part is its caller's."""
+        sequence.finish_reason = reason
+        if sequence.purpose is Purpose.GENERATE:
+            self.counts.finished[reason] += 1
 
     def finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Whether the token just sampled ends the sequence."""

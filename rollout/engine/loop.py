@@ -58,6 +58,7 @@ class EngineLoop:
         until = time.monotonic() + deadline_s
         with self._changed:
             self._pauses_wanted += 1
+            self._changed.notify_all()
             try:
                 while self._stepping or self._paused:
                     if not self._changed.wait(until - time.monotonic()):

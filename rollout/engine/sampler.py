@@ -8,7 +8,9 @@ greedy takes the lowest id among the largest logits. Rows never look at each oth
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rollout.engine.noise import gumbel
@@ -22,6 +24,8 @@ class SampledRow:
     token_id: int
     logprob: float
     model_logprob: float
+    kept: NDArray[np.int32] | None = None
+    """The ids that top-k and top-p kept, ascending; None unless asked for."""
 
 
 def sample(
@@ -39,8 +43,10 @@ def sample(
     greedy_R = torch.tensor([params.temperature == 0 for params in params_R], device=device)
     temperature_R = torch.tensor([params.temperature or 1.0 for params in params_R], dtype=torch.float32, device=device)
     scaled_RV = logits_RV / temperature_R[:, None]
+    kept_RV = torch.ones_like(scaled_RV, dtype=torch.bool)
     if any(params.top_k is not None or params.top_p < 1 for params in params_R):
-        scaled_RV = scaled_RV.masked_fill(~kept(scaled_RV, params_R), -torch.inf)
+        kept_RV = kept(scaled_RV, params_R)
+        scaled_RV = scaled_RV.masked_fill(~kept_RV, -torch.inf)
     noisy_RV = scaled_RV
     if not all(params.temperature == 0 for params in params_R):
         noise_RV = gumbel(seeds_R, positions_R, logits_RV.shape[1], device)
@@ -53,8 +59,17 @@ def sample(
     logprob_R = torch.where(greedy_R, torch.zeros_like(logprob_R), logprob_R)
     columns = torch.stack((logprob_R, model_logprob_R, model_lse_R)).tolist()
     return [
-        SampledRow(token_id=token, logprob=logprob, model_logprob=model_logprob) if abs(lse) < torch.inf else None
-        for token, logprob, model_logprob, lse in zip(token_R.tolist(), *columns, strict=True)
+        SampledRow(
+            token_id=token,
+            logprob=logprob,
+            model_logprob=model_logprob,
+            kept=kept_V.nonzero()[:, 0].to(torch.int32).cpu().numpy() if params.return_kept else None,
+        )
+        if abs(lse) < torch.inf
+        else None
+        for token, logprob, model_logprob, lse, params, kept_V in zip(
+            token_R.tolist(), *columns, params_R, kept_RV, strict=True
+        )
     ]
 
 

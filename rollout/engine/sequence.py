@@ -7,9 +7,12 @@ from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rollout.config import EngineConfig
-from rollout.request import Completion, FinishReason, Prompt, SamplingParams, Score, VersionSpan
+from rollout.engine.group import Group, ReadPrompt
+from rollout.engine.sampler import SampledRow
+from rollout.request import Completion, DiscardedKv, FinishReason, Prompt, SamplingParams, Score, VersionSpan
 from weights.version import WeightVersion
 
 
@@ -25,25 +28,43 @@ class Sequence:
 
     `computed` of its tokens have keys and values in the cache; a step runs the next ones. A scoring sequence runs its
     tokens once and keeps their log-probabilities; a generating one goes on until it finishes.
+
+    Args:
+        key: client, prompt id and sample; unique in an engine.
+        group: the samples of its prompt, where there are several.
     """
 
     def __init__(
-        self, key: tuple[str, str, int], prompt: Prompt, params: SamplingParams, purpose: Purpose = Purpose.GENERATE
+        self,
+        key: tuple[str, str, int],
+        prompt: Prompt,
+        params: SamplingParams,
+        purpose: Purpose = Purpose.GENERATE,
+        group: Group | None = None,
     ) -> None:
         self.key = key
-        """Client, prompt id and sample: unique in an engine."""
         self.prompt = prompt
         self.params = params
         self.purpose = purpose
+        self.group = group
+        """None once it has begun."""
         self.token_ids = list(prompt.token_ids)
         self.computed = 0
         self.blocks: list[int] = []
+        self.block_keys: list[bytes] = []
+        """Prefix keys of its leading full blocks, as far as they were worked out under this content."""
+        self.first_logits_V: Tensor | None = None
+        """Where its prompt was read for the whole group: what its first token is drawn from."""
+        self.commits = 0
+        """That it has lived through since it began."""
         self.logprobs: list[float] = []
         self.model_logprobs: list[float] = []
         self.version_spans: list[VersionSpan] = []
         self.kv_version_spans: list[VersionSpan] = []
         self.expert_ids: list[NDArray[np.unsignedinteger]] = []
         self.expert_weights: list[NDArray[np.float32]] = []
+        self.discarded_kv: list[DiscardedKv] = []
+        self.kept_token_ids: list[NDArray[np.int32]] = []
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -73,19 +94,41 @@ class Sequence:
         self.expert_ids.append(expert_ids_TLK)
         self.expert_weights.append(expert_weights_TLK)
 
-    def append(self, token_id: int, logprob: float, model_logprob: float, version: WeightVersion) -> None:
+    def append(self, row: SampledRow, version: WeightVersion) -> None:
         """One sampled token and its account."""
         extend_spans(self.version_spans, version, self.sampled, self.sampled + 1)
-        self.token_ids.append(token_id)
-        self.logprobs.append(logprob)
-        self.model_logprobs.append(model_logprob)
+        self.token_ids.append(row.token_id)
+        self.logprobs.append(row.logprob)
+        self.model_logprobs.append(row.model_logprob)
+        if row.kept is not None:
+            self.kept_token_ids.append(row.kept)
 
-    def restart(self) -> None:
-        """Forgets what was computed; a scoring sequence does so at a commit, for its answer speaks of one version."""
-        assert self.purpose is Purpose.SCORE, "a generating sequence keeps its keys and values"
+    def adopt(self, read: ReadPrompt, blocks: list[int]) -> None:
+        """Begins after a prompt that another sample of the group has read; `blocks` hold its keys and values."""
+        self.blocks = blocks
+        self.computed = len(self.prompt.token_ids)
+        self.kv_version_spans = list(read.kv_version_spans)
+        self.expert_ids = list(read.expert_ids)
+        self.expert_weights = list(read.expert_weights)
+        self.first_logits_V = read.logits_V
+
+    def discard_kv(self) -> None:
+        """Its keys and values are gone, or will be rebuilt; the tokens stay, and so does the account of what they saw.
+
+        A scoring sequence begins again as a whole, for its answer speaks of one version.
+        """
+        first = self.discarded_kv[-1].stop if self.discarded_kv else 0
+        if self.sampled > first:
+            spans = tuple(self.kv_version_spans)
+            self.discarded_kv.append(DiscardedKv(start=first, stop=self.sampled, kv_version_spans=spans))
         self.computed = 0
-        self.model_logprobs.clear()
+        self.block_keys.clear()
         self.kv_version_spans.clear()
+        self.expert_ids.clear()
+        self.expert_weights.clear()
+        self.first_logits_V = None
+        if self.purpose is Purpose.SCORE:
+            self.model_logprobs.clear()
 
     def completion(self, host_id: str) -> Completion:
         """What the caller gets."""
@@ -103,6 +146,8 @@ class Sequence:
             seed=self.params.seed,
             version_spans=tuple(self.version_spans),
             kv_version_spans=tuple(self.kv_version_spans),
+            discarded_kv=tuple(self.discarded_kv),
+            kept_token_ids=tuple(self.kept_token_ids) if self.params.return_kept else None,
             expert_ids=np.concatenate(self.expert_ids) if self.expert_ids else None,
             expert_weights=np.concatenate(self.expert_weights) if self.expert_weights else None,
         )

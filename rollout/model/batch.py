@@ -53,6 +53,11 @@ class KvCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copies one block's keys and values, in all layers."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
     def write(self, layer: int, slots_T: Tensor, keys_TGd: Tensor, values_TGd: Tensor) -> None:
         """Stores one key and one value per token at its slot of `layer`."""
         self.keys[layer].view(-1, *keys_TGd.shape[1:])[slots_T] = keys_TGd

@@ -27,7 +27,7 @@ from weights.naming import to_wire
 from weights.version import WeightVersion
 
 TOLERANCE = 1e-5
-CLEAR = 1e-4  # a greedy choice is compared where the learner's best logit leads by this much
+CLEAR = 2e-5  # two errors of TOLERANCE cannot turn a lead of this size around
 
 
 def version(step: int) -> WeightVersion:
@@ -74,7 +74,7 @@ def assert_greedy_like_transformers(completion: Completion, learner: PreTrainedM
     logits_TV = logits_TV[len(completion.prompt_token_ids) - 1 :]
     best, second = logits_TV.topk(2, dim=1).values.unbind(1)
     clear = best - second > CLEAR
-    assert clear.float().mean() > 0.9, "hardly anything would be compared"
+    assert clear.float().mean() > 0.7, "hardly anything would be compared"
     assert torch.equal(logits_TV.argmax(1)[clear], torch.tensor(completion.token_ids)[clear])
     logprobs = torch.log_softmax(logits_TV, 1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(completion.model_logprobs), logprobs, atol=TOLERANCE, rtol=0)

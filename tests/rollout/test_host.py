@@ -1,5 +1,6 @@
 """A host in this process: it generates, takes weights while it does, and accounts for both. No Ray."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,16 @@ from replay import replayed_logprobs
 from transformers import PreTrainedModel
 
 from rollout.config import RolloutConfig
-from rollout.errors import DeadlineExceeded, HostFailed
+from rollout.errors import DeadlineExceeded, HostFailed, QueueFull, VersionTooOld
 from rollout.host import Host
 from rollout.model.hosted import HostedModel
 from rollout.request import Completion, FinishReason, Prompt, SamplingParams
+from weights.digest import Digest
 from weights.errors import UpdateAborted
 from weights.naming import to_wire
 from weights.publisher import Publisher
 from weights.rendezvous import Roster, RosterHost
+from weights.version import WeightVersion
 
 
 @pytest.fixture
@@ -125,7 +128,9 @@ def test_scores_come_from_one_version_while_updates_go_on(hosted: Hosted) -> Non
     thread = threading.Thread(target=publish)
     thread.start()
     tokens = tuple(range(1, 40))
-    scores = [hosted.host.score([tokens], 20)[0] for _ in range(10)]
+    scores = [hosted.host.score([tokens], 20)[0]]
+    while len({score.version for score in scores}) < 3 and len(scores) < 5000:
+        scores += hosted.host.score([tokens], 20)
     stop.set()
     thread.join()
     with torch.no_grad():
@@ -133,7 +138,7 @@ def test_scores_come_from_one_version_while_updates_go_on(hosted: Hosted) -> Non
     expected = torch.log_softmax(logits_TV, 1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
     for score in scores:
         assert score.logprobs == pytest.approx(expected, abs=1e-5)
-    assert len({score.version for score in scores}) > 1
+    assert len({score.version for score in scores}) >= 3
 
 
 def test_cancelled_prompts_come_back_as_aborted_and_a_closed_client_is_forgotten(hosted: Hosted) -> None:
@@ -175,6 +180,80 @@ def test_a_host_whose_engine_broke_says_so_to_everybody(hosted: Hosted, monkeypa
 def test_a_score_that_takes_too_long_says_what_it_waited_for(hosted: Hosted) -> None:
     with hosted.host.paused(), pytest.raises(DeadlineExceeded, match=r"waited 0\.1 s for host-0 to score 1 sequences"):
         hosted.host.score([(1, 2, 3)], 0.1)
+
+
+def test_a_host_that_holds_serves_nothing_until_a_sibling_has_shared_its_version(hosted: Hosted) -> None:
+    perturb_(hosted.learner, 9)
+    version = hosted.publisher.publish(hosted.learner, step=3).version
+    late = Host(hosted.config, "host-1", hold=True)
+    try:
+        assert late.status().version is None
+        late.submit("me", prompts(1))
+        assert late.collect("me", 0.2) == []
+        assert late.introduction.address is not None
+        assert hosted.host.share("host-1", late.introduction.address) == version
+        assert late.status().version == version
+        (completion,) = late.collect("me", 20)
+        assert {span.version for span in completion.kv_version_spans} == {version}
+        assert late.verify() == (version, version.digest) == hosted.host.verify()
+    finally:
+        late.stop()
+
+
+def test_verify_finds_a_byte_that_changed_behind_our_back(hosted: Hosted) -> None:
+    version, found = hosted.host.verify()
+    assert version is not None
+    assert found == version.digest
+    hosted.host._loop.engine.model.parameters["norm.weight"][3] += 1e-3
+    assert hosted.host.verify()[1] != version.digest
+
+
+def test_a_queue_that_is_full_pushes_back_and_takes_more_when_some_are_done(tmp_path: Path, runtime: Path) -> None:
+    engine = {"max_running": 2, "max_waiting": 4, "max_context": 64}
+    hosted = Hosted(tiny_model(qwen3_config(), 3), tmp_path / "checkpoint", engine=engine)
+    try:
+        with hosted.host.paused():
+            hosted.host.submit("me", prompts(3, n=2, max_tokens=3))
+            with pytest.raises(QueueFull, match=r"has 6 unfinished samples and cannot take 1 more .*max_waiting"):
+                hosted.host.submit("me", [(Prompt(id="one more", token_ids=(1,)), SamplingParams(max_tokens=1))])
+        hosted.collect("me", 6)
+        hosted.host.submit("me", [(Prompt(id="one more", token_ids=(1,)), SamplingParams(max_tokens=1, seed=1))])
+        hosted.collect("me", 1)
+    finally:
+        hosted.publisher.close()
+        hosted.host.stop()
+
+
+def test_submitting_never_waits_for_an_update_and_min_version_may_refuse(hosted: Hosted) -> None:
+    wanted = WeightVersion(run="learner", step=2, digest=Digest(0, 0))
+    with hosted.host.paused():
+        hosted.host.submit("me", prompts(1, min_version=wanted))
+        with pytest.raises(VersionTooOld, match=r"host-0 serves checkpoint@0:.* p0 wants learner@2"):
+            hosted.host.submit("me", prompts(1, min_version=wanted, below_min_version="refuse"))
+    assert hosted.host.collect("me", 0.2) == []
+    version = hosted.publisher.publish(hosted.learner, step=2).version
+    (completion,) = hosted.collect("me", 1)
+    assert {span.version for span in completion.version_spans} == {version}
+    hosted.host.submit("me", prompts(1, min_version=wanted, below_min_version="refuse", max_tokens=2))
+    hosted.collect("me", 1)
+
+
+def test_what_a_commit_ends_is_delivered(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, calls = hosted.host._loop, itertools.count()
+    forward = loop.engine.decoder.forward
+
+    def held_until_a_pause_is_wanted(*arguments: object, **fields: object) -> object:
+        if next(calls) == 3:
+            with loop._changed:
+                assert loop._changed.wait_for(lambda: loop._pauses_wanted, 20)
+        return forward(*arguments, **fields)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.engine.decoder, "forward", held_until_a_pause_is_wanted)
+    hosted.host.submit("me", prompts(3, max_tokens=100, at_commit="abort"))
+    hosted.host.submit("me", [(Prompt(id="stale", token_ids=(1, 2)), SamplingParams(max_tokens=100, max_staleness=0))])
+    hosted.publisher.publish(hosted.learner, step=1)
+    reasons = {c.prompt_id: c.finish_reason for c in hosted.collect("me", 4)}
+    assert reasons == dict.fromkeys(["p0", "p1", "p2"], FinishReason.ABORT) | {"stale": FinishReason.STALE}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
