@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from weights.dtypes import dtype_name, fits
+from weights.split_mix import GOLDEN, mix, mix_tensor, signed
 
 BLOCK_BYTES = 4096
 """Bytes that are hashed as one; a partition of a tensor's bytes is cut at multiples of it."""
@@ -37,9 +38,6 @@ BLOCK_BYTES = 4096
 _WORDS = BLOCK_BYTES // 4
 _PAIRS = _WORDS // 2
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
 _KEY_STREAM = b"moe-rollout weight digest, keys of lane %d"
 
 _CPU_CHUNK_BLOCKS = 64  # 256 KiB: the words, their sums and their products stay in a core's cache
@@ -104,7 +102,7 @@ class TensorHash:
         identity = f"{dtype_name(dtype)}\n{sizes}\n{name}".encode()
         seed = hashlib.blake2b(identity, digest_size=16).digest()
         self._seeds = (int.from_bytes(seed[:8], "little"), int.from_bytes(seed[8:], "little"))
-        self.header = Digest(_mixed(self._seeds[0]), _mixed(self._seeds[1]))
+        self.header = Digest(mix(self._seeds[0]), mix(self._seeds[1]))
         """What the tensor contributes besides its bytes: it makes even an empty tensor's name and shape count."""
 
     def blocks(self, data: Tensor, first_block: int = 0) -> Digest:
@@ -129,7 +127,7 @@ class TensorHash:
             narrow = _narrow(chunk, wire_dtype)
             strays = (narrow.to(chunk.dtype).view(torch.int32) != chunk.view(torch.int32)).sum()
             total += self._lanes(narrow.view(torch.uint8), start * wire_dtype.itemsize // BLOCK_BYTES)
-            total += strays * _signed(_GOLDEN)
+            total += strays * signed(GOLDEN)
         return _as_digest(total)
 
     def _lanes(self, data: Tensor, first_block: int) -> Tensor:
@@ -138,17 +136,17 @@ class TensorHash:
             raise ValueError(f"blocks are hashed from flat uint8 bytes, got {data.dtype} of shape {tuple(data.shape)}")
         total = torch.zeros(2, dtype=torch.int64, device=data.device)
         keys = _keys(data.device)
-        seeds_L1 = torch.tensor([[_signed(seed)] for seed in self._seeds], dtype=torch.int64, device=data.device)
+        seeds_L1 = torch.tensor([[signed(seed)] for seed in self._seeds], dtype=torch.int64, device=data.device)
         step = _chunk_blocks(data.device)
         for start in range(0, data.numel(), step * BLOCK_BYTES):
             words_BW = _words(data[start : start + step * BLOCK_BYTES])
             first = first_block + start // BLOCK_BYTES + 1
             index_B = torch.arange(first, first + words_BW.shape[0], dtype=torch.int64, device=data.device)
-            salts_LB = _mix(index_B * _signed(_GOLDEN) + seeds_L1)
+            salts_LB = mix_tensor(index_B * signed(GOLDEN) + seeds_L1)
             for lane in range(2):
                 sums_BW = words_BW + keys[lane]
                 salts_LB[lane] += sums_BW[:, :_PAIRS].long().mul_(sums_BW[:, _PAIRS:]).sum(1)
-            total += _mix(salts_LB).sum(1)
+            total += mix_tensor(salts_LB).sum(1)
         return total
 
 
@@ -206,30 +204,6 @@ def _keys(device: torch.device) -> Tensor:
     streams = b"".join(hashlib.shake_256(_KEY_STREAM % lane).digest(BLOCK_BYTES) for lane in range(2))
     words = [int.from_bytes(streams[i : i + 4], "little", signed=True) for i in range(0, len(streams), 4)]
     return torch.tensor(words, dtype=torch.int32).view(2, _WORDS).to(device)
-
-
-def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that torch takes."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shifted(values: Tensor, by: int) -> Tensor:
-    """Logical right shift of int64, which torch shifts arithmetically."""
-    return (values >> by) & ((1 << (64 - by)) - 1)
-
-
-def _mix(values: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014), a bijection of 64 bits, on int64 patterns."""
-    values = (values ^ _shifted(values, 30)) * _signed(_MIX_1)
-    values = (values ^ _shifted(values, 27)) * _signed(_MIX_2)
-    return values ^ _shifted(values, 31)
-
-
-def _mixed(value: int) -> int:
-    """The same finaliser on one Python integer."""
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
-    return value ^ (value >> 31)
 
 
 def _as_digest(lanes: Tensor) -> Digest:
