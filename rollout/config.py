@@ -15,6 +15,9 @@ from rollout.schema import from_mapping, require_positive
 
 RL_MODE_VARIABLE = "MOE_ROLLOUT_RL"
 FASTDEPLOY_RL_VARIABLE = "FD_ENABLE_RL"
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""What safe_load raises: besides its own errors those of scalars that their tag misnames (`!!int ""`), of keys that are
+no keys, and of nesting without end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +57,13 @@ class EngineConfig:
 class WeightsConfig:
     """How fresh weights arrive."""
 
-    transport: Literal["shared_memory"] | None = "shared_memory"
-    """shared_memory: learner and hosts on one machine. None: no learner will ever publish."""
+    transport: Literal["shared_memory", "disk"] | None = "shared_memory"
+    """shared_memory: learner and hosts on one machine. disk: the learner writes step folders into `folder`, and the
+    process that launched the fleet takes them up. None: no learner will ever publish."""
+    folder: str | None = None
+    """Where step folders appear; with the transport disk, and only with it."""
+    poll_s: float = 1.0
+    """Seconds between two looks into the folder."""
     bucket_mib: int = 256
     """Size of the segments that tensors travel in, in MiB; a larger tensor is sliced."""
     requests_in_flight: Literal["keep", "recompute", "abort"] = "keep"
@@ -63,7 +71,14 @@ class WeightsConfig:
     the new version, or end. A request may say otherwise."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "weights", "bucket_mib")
+        require_positive(self, "weights", "bucket_mib", "poll_s")
+        if (self.transport == "disk") != (self.folder is not None):
+            raise ConfigError(
+                f"weights.folder: got {self.folder!r} with weights.transport {self.transport or 'null'}; "
+                "the transport disk needs a folder and no other has one"
+            )
+        if self.folder == "":
+            raise ConfigError("weights.folder: got an empty path; give the folder that the learner writes steps into")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +148,8 @@ class RolloutConfig:
     gpus_per_host: float = 1.0
     """Share of a GPU that Ray sets aside for a host that runs on one; below 1 leaves room for a learner on the same
     card."""
+    metrics_port: int | None = None
+    """Where Prometheus reads the metrics of a local Ray that the launch starts; None lets Ray choose."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
@@ -145,6 +162,8 @@ class RolloutConfig:
         require_positive(self, "", "hosts", "gpus_per_host")
         if self.restarts < 0:
             raise ConfigError(f"restarts: got {self.restarts}, must be at least 0")
+        if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
+            raise ConfigError(f"metrics_port: got {self.metrics_port}, must be from 1 to 65535, or null")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "RolloutConfig":
@@ -155,13 +174,13 @@ class RolloutConfig:
             named.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            content = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from error
+            data = yaml.safe_load(content.decode("utf-8"))
+        except YAML_ERRORS as error:
+            raise ConfigError(f"{path} is not YAML of plain values: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
         return cls.from_mapping(data)

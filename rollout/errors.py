@@ -7,6 +7,7 @@ RolloutError
 ├── HostFailed         a host stopped because of an error of its own; carries it as text
 ├── QueueFull          a host has as many requests as it may hold
 ├── VersionTooOld      a request is to be refused below a version that the host has not reached
+├── StepNotTaken       a step in a watched folder, or the folder, is not fit to be served; the old version serves on
 ├── CheckpointError    a checkpoint folder does not hold what it says (rollout.model.checkpoint)
 ├── HostGone           a host's process does not answer any more
 └── HostDied           a host's process is gone; names the requests that it took along
@@ -80,3 +81,10 @@ class HostDied(RolloutError):
 
     def __reduce__(self) -> tuple[type["HostDied"], tuple[tuple[str, ...], tuple[tuple[str, int], ...]]]:
         return (type(self), (self.host_ids, self.request_ids))
+
+
+class StepNotTaken(RolloutError):
+    """A step in a watched folder was not taken up, or the folder or the fleet is out of reach: says which and why.
+
+    What the hosts served before serves on. The cause is the error itself.
+    """

@@ -4,6 +4,7 @@ from weights.digest import Digest, tensor_digest
 from weights.errors import (
     CommitIncomplete,
     DeadlineExceeded,
+    FolderError,
     ManifestError,
     MessageError,
     RosterError,
@@ -26,6 +27,7 @@ __all__ = [
     "DeadlineExceeded",
     "Digest",
     "ExpertRows",
+    "FolderError",
     "HostTimes",
     "HostedLayout",
     "HostedSlice",

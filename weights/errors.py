@@ -4,6 +4,7 @@
     ├── ManifestError            what an update holds is malformed, or does not fit the hosted model
     ├── MessageError             bytes that are no message
     ├── RosterError              no such fleet, or its roster file is malformed
+    ├── FolderError              a folder of weights cannot be written, read, or trusted
     ├── TransportError           a peer is gone, refuses the connection, or breaks the protocol
     │   └── DeadlineExceeded     a wait ended without what it waited for
     ├── UpdateAborted            nothing was committed: every host keeps what it had
@@ -29,6 +30,11 @@ class MessageError(WeightsError):
 
 class RosterError(WeightsError):
     """A fleet's roster cannot be found, read, or trusted."""
+
+
+class FolderError(WeightsError):
+    """A folder of weights (a step's or a checkpoint's) cannot be written, read, or trusted. Nothing was taken from it,
+    and a step that could not be written left nothing behind."""
 
 
 class TransportError(WeightsError):

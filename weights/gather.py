@@ -59,7 +59,7 @@ def gather(source: Source, tied: Mapping[str, str], pool: SegmentPool, bucket_by
     entries: list[TensorEntry] = []
     segments: list[Segment] = []
     repeated: dict[str, Digest] = {}
-    for name, tensor in to_wire(_pairs(source), keep_tied=True):
+    for name, tensor in to_wire(named_pairs(source), keep_tied=True):
         if name in tied:
             repeated[name] = tensor_digest(
                 tied[name], tensor
@@ -86,7 +86,8 @@ def gather(source: Source, tied: Mapping[str, str], pool: SegmentPool, bucket_by
     return Gathered(Manifest(tuple(entries)), tuple(segments))
 
 
-def _pairs(source: Source) -> Iterable[tuple[str, Tensor]]:
+def named_pairs(source: Source) -> Iterable[tuple[str, Tensor]]:
+    """(name, tensor) of whatever may be published."""
     if isinstance(source, torch.nn.Module):
         source = source.state_dict()
     return source.items() if isinstance(source, Mapping) else source

@@ -1,8 +1,13 @@
 """A configuration says what is meant or why it cannot be."""
 
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rollout.config import RolloutConfig, resolve_rl_mode
 from rollout.errors import ConfigError
@@ -34,8 +39,15 @@ def test_a_file_with_name_and_model_is_enough(tmp_path: Path) -> None:
         ({"engine": {"max_running": 0}}, r"engine\.max_running: got 0, must be above 0"),
         (
             {"weights": {"transport": "carrier_pigeon"}},
-            r"weights\.transport: got 'carrier_pigeon', expected shared_memory or null",
+            r"weights\.transport: got 'carrier_pigeon', expected shared_memory or disk or null",
         ),
+        (
+            {"weights": {"transport": "disk"}},
+            r"weights\.folder: got None with weights\.transport disk; .* needs a folder",
+        ),
+        ({"weights": {"folder": "steps"}}, r"weights\.folder: got 'steps' with weights\.transport shared_memory"),
+        ({"weights": {"transport": "disk", "folder": ""}}, r"weights\.folder: got an empty path"),
+        ({"weights": {"poll_s": 0}}, r"weights\.poll_s: got 0, must be above 0"),
         ({"gate": "fp16"}, r"gate: got 'fp16', expected fp32 or trainer"),
         ({"name": "a/b"}, r"name: got 'a/b'"),
         ({"deadlines": {"pause_s": -1}}, r"deadlines\.pause_s: got -1, must be above 0"),
@@ -54,13 +66,41 @@ def test_every_mistake_is_named_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("[1, 2]", "expected a mapping"), ("a: [", "is not YAML"), ("", "expected a mapping")]
+    ("content", "says"),
+    [
+        ("[1, 2]", "expected a mapping"),
+        ("a: [", "is not YAML"),
+        ('!!int ""', "is not YAML"),
+        ("\x00", "is not YAML"),
+        ("[" * 3000, "is not YAML"),
+        ("", "expected a mapping"),
+    ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "rollout.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=says):
         RolloutConfig.from_yaml(path)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+)
+keys = st.sampled_from(["name", "model", "engine", "weights", "deadlines", "hosts", "rl_mode", "trainer"]) | st.text()
+
+
+@given(
+    st.binary(max_size=60) | st.dictionaries(keys, plain, max_size=5).map(lambda data: yaml.safe_dump(data).encode())
+)
+def test_any_bytes_are_a_configuration_or_one_clear_error(content: bytes) -> None:
+    with NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(content)
+        file.flush()
+        config = None
+        with suppress(ConfigError):
+            config = RolloutConfig.from_yaml(file.name)
+        assert config is None or config.name
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def test_every_error_survives_pickling() -> None:
         errors.ManifestError("m"),
         errors.MessageError("g"),
         errors.RosterError("r"),
+        errors.FolderError("f"),
         errors.TransportError("t"),
         errors.DeadlineExceeded("d"),
         errors.UpdateAborted("aborted", {"b": "why"}),
