@@ -3,21 +3,18 @@
 A key that does not exist is an error that names the nearest one that does; so is a value of the wrong type.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from rollout.errors import ConfigError
-from rollout.schema import from_mapping, require_positive
+from rollout.schema import YAML_ERRORS, check_types, from_mapping, load_yaml, require_positive
 
 RL_MODE_VARIABLE = "MOE_ROLLOUT_RL"
 FASTDEPLOY_RL_VARIABLE = "FD_ENABLE_RL"
-YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
-"""What safe_load raises: besides its own errors those of scalars that their tag misnames (`!!int ""`), of keys that are
-no keys, and of nesting without end."""
+FLEET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +40,7 @@ class EngineConfig:
     """PyTorch threads of a host that runs on the CPU."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "engine", *(f.name for f in fields(self) if f.name != "prefix_cache"))
 
     @property
@@ -71,6 +69,7 @@ class WeightsConfig:
     the new version, or end. A request may say otherwise."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "weights", "bucket_mib", "poll_s")
         if (self.transport == "disk") != (self.folder is not None):
             raise ConfigError(
@@ -104,7 +103,13 @@ class DeadlineConfig:
     """For an update to heal a torn host, before it is started again."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_positive(self, "deadlines", *(f.name for f in fields(self)))
+        if self.pause_s >= self.message_s:
+            raise ConfigError(
+                f"deadlines.pause_s: got {self.pause_s}, must be less than deadlines.message_s={self.message_s}, "
+                "or a learner gives up on a host that still waits for its pause"
+            )
         if self.silence_s <= self.message_s:
             raise ConfigError(
                 f"deadlines.silence_s: got {self.silence_s}, must be more than deadlines.message_s={self.message_s}, "
@@ -155,8 +160,12 @@ class RolloutConfig:
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
-            raise ConfigError(f"name: got {self.name!r}; use letters, digits, '-', '_' and '.', at least one")
+        check_types(self)
+        if not FLEET_NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"name: got {self.name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - with a letter or digit first: "
+                "it becomes part of a socket's name"
+            )
         if not self.model:
             raise ConfigError("model: got an empty path; give a Hugging Face checkpoint folder")
         require_positive(self, "", "hosts", "gpus_per_host")
@@ -178,7 +187,7 @@ class RolloutConfig:
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         try:
-            data = yaml.safe_load(content.decode("utf-8"))
+            data = load_yaml(content)
         except YAML_ERRORS as error:
             raise ConfigError(f"{path} is not YAML of plain values: {error}") from error
         if not isinstance(data, dict):

@@ -6,28 +6,31 @@ host to pause, writes in place, verifies, and tells it the version that it now s
 
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from rollout.admission import Admission
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
 from rollout.engine.group import Group
 from rollout.engine.loop import EngineLoop
 from rollout.engine.sequence import Purpose, Sequence
-from rollout.errors import DeadlineExceeded, HostFailed, QueueFull, VersionTooOld
+from rollout.errors import DeadlineExceeded, HostFailed, VersionTooOld
 from rollout.hosting import hosting_of
 from rollout.model.decoder import Decoder
 from rollout.model.end_of_sequence import end_of_sequence_ids
 from rollout.model.hosted import HostedModel
 from rollout.outbox import Outbox
 from rollout.request import Completion, Prompt, SamplingParams, Score
+from rollout.scores import Scores
 from rollout.status import HostStatus
+from rollout.totals import HostTotals
+from rollout.updates import TimedReceiver, UpdateLog
 from weights.digest import Digest
 from weights.errors import DeadlineExceeded as PauseDeadlineExceeded
 from weights.publisher import Publisher
@@ -68,6 +71,7 @@ class Host:
 
     Raises:
         ValueError: the checkpoint cannot be hosted, or its routing cannot be matched.
+        CheckpointError: its files are missing, broken, or not what its config.json says.
     """
 
     def __init__(self, config: RolloutConfig, host_id: str, *, hold: bool = False) -> None:
@@ -88,15 +92,14 @@ class Host:
         )
         self._loop = EngineLoop(engine, finished=self._finished, failed=self._failed)
         self._outbox = Outbox()
-        self._scores: dict[tuple[str, str, int], Future[Score]] = {}
-        self._scores_asked = 0
-        self._scores_lock = threading.Lock()
-        self._unfinished = 0
-        self._unfinished_lock = threading.Lock()
+        self._scores = Scores()
+        self._admission = Admission(host_id, config.engine.max_running + config.engine.max_waiting)
         self._failure = ""
         self._torn = "waits for the fleet's version" if hold else ""
         self._loop.serving = not hold
-        self._receiver = Receiver(
+        self._updates = UpdateLog()
+        self._receiver = TimedReceiver(
+            self._updates,
             host=host_id,
             layout=model.layout,
             parameters=model.parameters,
@@ -119,7 +122,7 @@ class Host:
         """Queues n samples of every prompt. Never waits for an update.
 
         Raises:
-            ValueError: one of them can never run; none is queued then, nor in the next two cases.
+            ValueError: one of them can never run, or is not new; none is queued then, nor in the next two cases.
             VersionTooOld: a prompt is to be refused below a version that this host has not reached.
             QueueFull: more would wait than engine.max_waiting.
             HostFailed: the engine has stopped.
@@ -133,8 +136,8 @@ class Host:
         for sequence in sequences:
             self._loop.engine.validate(sequence)
         self._check_versions(prompts)
+        self._admission.take([sequence.key for sequence in sequences])
         self._outbox.open(client)
-        self._take(len(sequences))
         self._loop.post(lambda engine: engine.add(*sequences))
 
     def collect(self, client: str, wait_s: float) -> list[Completion]:
@@ -163,25 +166,19 @@ class Host:
             HostFailed: the engine has stopped.
             DeadlineExceeded: not done in time.
         """
-        self._check_running()
-        params = SamplingParams(max_tokens=1, seed=0)
-        with self._scores_lock:
-            self._scores_asked += 1
-            client = f"score-{self._scores_asked}"
-        wanted = [
-            Sequence((client, str(index), 0), Prompt(id=f"score {index}", token_ids=tokens), params, Purpose.SCORE)
-            for index, tokens in enumerate(sequences)
-        ]
-        for sequence in wanted:
-            self._loop.engine.validate(sequence)
-        futures = {sequence.key: Future[Score]() for sequence in wanted}
-        with self._scores_lock:
-            self._scores |= futures
-        self._loop.post(lambda engine: engine.add(*wanted))
-        if wait(futures.values(), deadline_s).not_done:
-            self.close(client)
-            raise DeadlineExceeded(f"{self.host_id} to score {len(wanted)} sequences", deadline_s)
-        return [future.result() for future in futures.values()]
+        asked = self._scores.ask(sequences)
+        try:
+            for sequence in asked:
+                self._loop.engine.validate(sequence)
+        except ValueError:
+            for sequence in asked:
+                self._scores.drop(sequence)
+            raise
+        self._loop.post(lambda engine: engine.add(*asked))
+        if wait(asked.values(), deadline_s).not_done:
+            self._loop.post(lambda engine: self._abort(engine, lambda sequence: sequence in asked))
+            raise DeadlineExceeded(f"{self.host_id} to score {len(asked)} sequences", deadline_s)
+        return [future.result() for future in asked.values()]
 
     def status(self) -> HostStatus:
         """What the host is doing at this moment."""
@@ -197,6 +194,23 @@ class Host:
             blocks_free=scheduler.pool.free,
             blocks=scheduler.pool.count,
             detail=self._failure or self._torn,
+            last_update=self._updates.last,
+        )
+
+    def totals(self) -> HostTotals:
+        """What the host has done since it started."""
+        engine, updates = self._loop.engine, self._updates
+        return HostTotals(
+            tokens_by_version=dict(engine.counts.tokens_by_version),
+            prompt_tokens=engine.counts.prompt_tokens,
+            prefix_tokens=engine.scheduler.prefix_tokens,
+            preemptions=engine.scheduler.preemptions,
+            finished=dict(engine.counts.finished),
+            updates=updates.committed,
+            update_records=tuple(updates.records),
+            updates_refused=updates.refused,
+            updates_called_off=updates.called_off,
+            torn=updates.torn,
         )
 
     def verify(self) -> tuple[WeightVersion | None, Digest]:
@@ -251,37 +265,23 @@ class Host:
         """Inside the pause: the parameters hold a mixture; serve nothing until the next commit."""
         self._loop.serving = False
         self._torn = reason
+        self._updates.torn += 1
 
     # What the engine's thread reports.
 
     def _finished(self, sequence: Sequence) -> None:
         if sequence.purpose is Purpose.SCORE:
-            with self._scores_lock:
-                self._scores.pop(sequence.key).set_result(sequence.score())
+            self._scores.answer(sequence)
         else:
+            self._admission.finish(sequence.key)
             self._outbox.put(sequence.key[0], sequence.completion(self.host_id))
-            self._take(-1)
-
-    def _take(self, count: int) -> None:
-        """Counts generating sequences that are not finished."""
-        engine = self.config.engine
-        with self._unfinished_lock:
-            if count > 0 and self._unfinished + count > engine.max_running + engine.max_waiting:
-                raise QueueFull(
-                    f"{self.host_id} has {self._unfinished} unfinished samples and cannot take {count} more "
-                    f"(engine.max_running={engine.max_running}, engine.max_waiting={engine.max_waiting}): "
-                    "collect some first, submit fewer at once, or raise engine.max_waiting"
-                )
-            self._unfinished += count
 
     def _check_versions(self, prompts: Many[tuple[Prompt, SamplingParams]]) -> None:
         version = self._loop.engine.version
         late = [
             f"{prompt.id} wants {params.min_version}"
             for prompt, params in prompts
-            if params.min_version is not None
-            and params.below_min_version == "refuse"
-            and not (params.min_version.run == version.run and params.min_version <= version)
+            if params.below_min_version == "refuse" and not params.may_begin_under(version)
         ]
         if late:
             raise VersionTooOld(f"{self.host_id} serves {version}; " + "; ".join(late[:10]))
@@ -295,16 +295,12 @@ class Host:
             if sequence.purpose is Purpose.GENERATE:
                 self._finished(sequence)
             else:
-                with self._scores_lock:
-                    self._scores.pop(sequence.key)
+                self._scores.drop(sequence)
 
     def _failed(self, traceback: str) -> None:
         self._failure = traceback
         self._outbox.fail(traceback)
-        with self._scores_lock:
-            for future in self._scores.values():
-                future.set_exception(HostFailed(traceback))
-            self._scores.clear()
+        self._scores.fail(traceback)
 
 
 def open_door(config: RolloutConfig, receiver: Receiver) -> HostServer | None:

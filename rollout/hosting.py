@@ -3,9 +3,10 @@
 import torch
 
 from rollout.config import RolloutConfig
+from rollout.model.hf_config import DtypeChoice
 from rollout.model.router import Hosting
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, DtypeChoice] = {"checkpoint": "checkpoint", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def hosting_of(config: RolloutConfig, device: torch.device) -> Hosting:
@@ -17,7 +18,7 @@ def hosting_of(config: RolloutConfig, device: torch.device) -> Hosting:
     return Hosting(
         trainer=config.trainer,
         gate=config.gate if config.rl_mode else "trainer",
-        dtype=_DTYPES.get(config.dtype, "checkpoint"),
+        dtype=_DTYPES[config.dtype],
         platform="cuda" if device.type == "cuda" else "cpu",
         topk_reduce_func=config.topk_reduce_func,
     )

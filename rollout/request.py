@@ -31,6 +31,9 @@ class Prompt:
             raise ValueError(f"prompt {self.id!r} is empty: give at least one token id")
 
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it logits divided by the temperature overflow fp32; 0 is greedy."""
+
 AtCommit = Literal["keep", "recompute", "abort"]
 """keep: go on with the keys and values at hand. recompute: rebuild them under the new version. abort: end there."""
 
@@ -48,7 +51,7 @@ class SamplingParams:
     n: int = 1
     """Samples per prompt."""
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy, and the lowest id wins a tie."""
+    """Divides the logits; 0 is greedy, and the lowest id wins a tie. At least LEAST_TEMPERATURE otherwise."""
     top_k: int | None = None
     """Keep the k likeliest tokens (more where the last of them ties). None keeps all."""
     top_p: float = 1.0
@@ -79,7 +82,7 @@ class SamplingParams:
             for name, got, ok, want in (
                 ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
                 ("n", self.n, self.n >= 1, "at least 1"),
-                ("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0"),
+                ("temperature", self.temperature, self._temperature_is_meant(), f"0, or from {LEAST_TEMPERATURE} up"),
                 ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1"),
                 ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("max_staleness", self.max_staleness, (self.max_staleness or 0) >= 0, "None or at least 0"),
@@ -89,6 +92,14 @@ class SamplingParams:
         ]
         if wrong:
             raise ValueError("sampling parameters: " + "; ".join(wrong))
+
+    def _temperature_is_meant(self) -> bool:
+        return self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
+
+    def may_begin_under(self, version: WeightVersion) -> bool:
+        """Whether `version` is min_version or a later step of its run."""
+        least = self.min_version
+        return least is None or (least.run == version.run and least <= version)
 
     def seeded(self, seed: int) -> "SamplingParams":
         """The same with `seed` where none was given."""
@@ -114,6 +125,9 @@ class DiscardedKv:
     start: int
     stop: int
     kv_version_spans: tuple[VersionSpan, ...]
+    expert_ids: NDArray[np.unsignedinteger] | None = None
+    """[positions, L, K]: the experts of every position at that time; None unless record_routing."""
+    expert_weights: NDArray[np.float32] | None = None
 
 
 class FinishReason(StrEnum):
@@ -161,7 +175,8 @@ class Completion:
     kept_token_ids: tuple[NDArray[np.int32], ...] | None = None
     """Per sampled token, the ids kept by top_k and top_p, ascending; None unless return_kept."""
     expert_ids: NDArray[np.unsignedinteger] | None = None
-    """[P + C - 1, L, K] in the smallest unsigned dtype that fits; None unless record_routing."""
+    """[P + C - 1, L, K] in the smallest unsigned dtype that fits; None unless record_routing. They belong to the pass
+    that kv_version_spans tells of; those of passes before it are in discarded_kv."""
     expert_weights: NDArray[np.float32] | None = None
     """[P + C - 1, L, K] combine weights, widened to fp32; None unless record_routing."""
 

@@ -3,13 +3,36 @@
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar
+
+import yaml
 
 from rollout.errors import ConfigError
 
 Config = TypeVar("Config")
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+"""What safe_load raises: besides its own errors those of scalars that their tag misnames (`!!int ""`), of keys that are
+no keys, and of nesting without end."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """safe_load's loader, but a key that is given twice is an error and not the last of the two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(content: bytes) -> Any:
+    """Plain values from YAML. Raises one of YAML_ERRORS for anything else."""
+    return yaml.load(content.decode("utf-8"), Loader=_UniqueKeys)
 
 
 def from_mapping(cls: type[Config], data: Mapping[str, Any], what: str) -> Config:
@@ -98,5 +121,20 @@ def require_positive(config: object, where: str, *names: str) -> None:
         for name, value in got.items()
         if value is not None and not value > 0
     ]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def check_types(config: Any) -> None:
+    """Raises ConfigError that names every field whose value is not of the field's type, as from_mapping does.
+
+    For dataclasses that are built in Python: nothing else checks a Literal there.
+    """
+    hints = typing.get_type_hints(type(config))
+    wrong: list[str] = []
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if not _fits(hints[entry.name], value):
+            wrong.append(f"{entry.name}: got {value!r}, expected {_described(hints[entry.name])}")
     if wrong:
         raise ConfigError("; ".join(wrong))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rollout.updates import UpdateRecord
 from weights.version import WeightVersion
 
 
@@ -11,7 +12,8 @@ class HostStatus:
 
     host_id: str
     state: str
-    """idle, offered, staged, committing or torn (the receiver's state); failed or dead where the host is no more."""
+    """idle, offered, staged, committing or torn (the receiver's state); starting or holding (until it is brought to
+    the fleet's version) after it was started again; failed, dead or left out where the host is no more."""
     version: WeightVersion | None
     """What it serves; None where it serves nothing."""
     running: int
@@ -22,6 +24,18 @@ class HostStatus:
     blocks: int
     detail: str = ""
     """Why it is torn, failed or dead."""
+    last_update: UpdateRecord | None = None
+    """The newest that it committed since it started."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Incident:
+    """Something that befell a host."""
+
+    at_s: float
+    """Seconds since the epoch."""
+    host_id: str
+    what: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +44,8 @@ class FleetStatus:
 
     name: str
     hosts: tuple[HostStatus, ...]
+    incidents: tuple[Incident, ...] = ()
+    """Hosts lost, started again, healed, back: in order, the last thousand. Only the launcher knows them."""
 
     @property
     def version(self) -> WeightVersion | None:

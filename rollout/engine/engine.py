@@ -14,6 +14,7 @@ from torch import Tensor
 from rollout.config import EngineConfig
 from rollout.engine.blocks import BlockPool
 from rollout.engine.counts import Counts
+from rollout.engine.logprobs import chosen_logprobs
 from rollout.engine.noise import sample_seed
 from rollout.engine.sampler import sample
 from rollout.engine.scheduler import ScheduledRows, Scheduler
@@ -70,7 +71,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would run anything."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return self.scheduler.has_work(self.version)
 
     def validate(self, sequence: Sequence) -> None:
         """Reads nothing that changes, so any thread may ask.
@@ -95,12 +96,17 @@ class Engine:
         """The parameters now hold `version`; returns the sequences that this ended.
 
         A sequence that has begun keeps its keys and values, rebuilds them or ends, as it or the configuration says; one
-        that has lived through too many commits ends; scores begin again.
+        that has lived through too many commits ends, and so does one that waits for a run that is over; scores begin
+        again.
         """
-        self.version = version
+        before, self.version = self.version, version
         self.scheduler.new_version()
         begun = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.computed or s.sampled]
-        ended: dict[tuple[str, str, int], FinishReason] = {}
+        ended: dict[Sequence, FinishReason] = {}
+        for sequence in self.scheduler.waiting:
+            least = sequence.params.min_version
+            if least is not None and least.run == before.run != version.run:
+                ended[sequence] = FinishReason.STALE  # no later step of that run will ever come
         for sequence in begun:
             sequence.commits += 1
             policy = sequence.params.at_commit or self.at_commit
@@ -108,14 +114,14 @@ class Engine:
             if sequence.purpose is Purpose.SCORE:
                 self.scheduler.rebuild(sequence)
             elif policy == "abort":
-                ended[sequence.key] = FinishReason.ABORT
+                ended[sequence] = FinishReason.ABORT
             elif limit is not None and sequence.commits > limit:
-                ended[sequence.key] = FinishReason.STALE
+                ended[sequence] = FinishReason.STALE
             elif policy == "recompute" and sequence.computed:
                 self.scheduler.rebuild(sequence)
-        gone = self.scheduler.withdraw(lambda sequence: sequence.key in ended)
+        gone = self.scheduler.withdraw(lambda sequence: sequence in ended)
         for sequence in gone:
-            self.end(sequence, ended[sequence.key])
+            self.end(sequence, ended[sequence])
         return gone
 
     @torch.inference_mode()
@@ -123,7 +129,7 @@ class Engine:
         """Runs every running sequence on by one token or one chunk of its prompt; returns those that finished."""
         scheduled = self.scheduler.schedule(self.version)
         run = [entry for entry in scheduled if entry.rows]
-        logits_V: dict[tuple[str, str, int], Tensor] = {}
+        logits_V: dict[Sequence, Tensor] = {}
         finished: list[Sequence] = []
         if run:
             recording = any(entry.sequence.params.record_routing for entry in run)
@@ -132,9 +138,9 @@ class Engine:
             finished += self.advance(run, output.logits_RV, logits_V)
         for entry in scheduled:
             if entry.sequence.first_logits_V is not None:
-                logits_V[entry.sequence.key] = entry.sequence.first_logits_V
+                logits_V[entry.sequence] = entry.sequence.first_logits_V
                 entry.sequence.first_logits_V = None
-        finished += self.sample([entry.sequence for entry in scheduled if entry.sequence.key in logits_V], logits_V)
+        finished += self.sample([entry.sequence for entry in scheduled if entry.sequence in logits_V], logits_V)
         for sequence in finished:
             self.scheduler.finish(sequence)
         return finished
@@ -183,9 +189,7 @@ class Engine:
             if entry.sequence.params.record_routing and ids_TLK is not None and weights_TLK is not None:
                 entry.sequence.record(np.ascontiguousarray(ids_TLK[rows]), np.ascontiguousarray(weights_TLK[rows]))
 
-    def advance(
-        self, run: list[ScheduledRows], logits_RV: Tensor, logits_V: dict[tuple[str, str, int], Tensor]
-    ) -> list[Sequence]:
+    def advance(self, run: list[ScheduledRows], logits_RV: Tensor, logits_V: dict[Sequence, Tensor]) -> list[Sequence]:
         """Takes in the rows that were run: scores get their log-probabilities, and `logits_V` the row of every sequence
         that a token is to be drawn for. Returns the scores that are complete.
         """
@@ -197,27 +201,26 @@ class Engine:
             self.scheduler.remember(sequence, self.version)
             if sequence.purpose is Purpose.SCORE:
                 targets = sequence.token_ids[start + 1 : start + entry.rows + 1]
-                logits = logits_RV[row : row + len(targets)]
+                logprobs = chosen_logprobs(logits_RV[row : row + len(targets)], self.int64(targets))
                 row += len(targets)
-                logprobs = torch.log_softmax(logits, dim=1).gather(1, self.int64(targets)[:, None])[:, 0]
                 sequence.model_logprobs += logprobs.tolist()
                 if sequence.uncomputed == 0:
                     self.end(sequence, FinishReason.LENGTH)
                     scored.append(sequence)
             elif sequence.uncomputed == 0:
-                logits_V[sequence.key] = logits_RV[row]
+                logits_V[sequence] = logits_RV[row]
                 row += 1
                 if not sequence.sampled:
                     self.counts.prompt_tokens += len(sequence.prompt.token_ids)
-                    self.scheduler.prompt_read(sequence, logits_V[sequence.key], self.version)
+                    self.scheduler.prompt_read(sequence, logits_V[sequence], self.version)
         return scored
 
-    def sample(self, sequences: list[Sequence], logits_V: dict[tuple[str, str, int], Tensor]) -> list[Sequence]:
+    def sample(self, sequences: list[Sequence], logits_V: dict[Sequence, Tensor]) -> list[Sequence]:
         """Appends one token to each of these sequences; returns the finished ones."""
         if not sequences:
             return []
         outcomes = sample(
-            torch.stack([logits_V[sequence.key] for sequence in sequences]),
+            torch.stack([logits_V[sequence] for sequence in sequences]),
             [sequence.params for sequence in sequences],
             [sample_seed(seed_of(sequence), sequence.key[2]) for sequence in sequences],
             [len(sequence.token_ids) for sequence in sequences],

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rollout.engine.logprobs import chosen_logprobs
 from rollout.engine.noise import gumbel
 from rollout.request import SamplingParams
 
@@ -43,32 +44,26 @@ def sample(
     greedy_R = torch.tensor([params.temperature == 0 for params in params_R], device=device)
     temperature_R = torch.tensor([params.temperature or 1.0 for params in params_R], dtype=torch.float32, device=device)
     scaled_RV = logits_RV / temperature_R[:, None]
-    kept_RV = torch.ones_like(scaled_RV, dtype=torch.bool)
     if any(params.top_k is not None or params.top_p < 1 for params in params_R):
-        kept_RV = kept(scaled_RV, params_R)
-        scaled_RV = scaled_RV.masked_fill(~kept_RV, -torch.inf)
+        scaled_RV = scaled_RV.masked_fill(~kept(scaled_RV, params_R), -torch.inf)
     noisy_RV = scaled_RV
     if not all(params.temperature == 0 for params in params_R):
         noise_RV = gumbel(seeds_R, positions_R, logits_RV.shape[1], device)
         noisy_RV = torch.where(greedy_R[:, None], logits_RV, scaled_RV + noise_RV)
     token_R = lowest_argmax(noisy_RV)
-    model_lse_R = torch.logsumexp(logits_RV, dim=1)
-    chosen_R1 = token_R[:, None]
-    model_logprob_R = logits_RV.gather(1, chosen_R1)[:, 0] - model_lse_R
-    logprob_R = scaled_RV.gather(1, chosen_R1)[:, 0] - torch.logsumexp(scaled_RV, dim=1)
-    logprob_R = torch.where(greedy_R, torch.zeros_like(logprob_R), logprob_R)
-    columns = torch.stack((logprob_R, model_logprob_R, model_lse_R)).tolist()
+    logprob_R = torch.where(greedy_R, 0.0, chosen_logprobs(scaled_RV, token_R))
+    columns = torch.stack((logprob_R, chosen_logprobs(logits_RV, token_R), logits_RV.amax(dim=1))).tolist()
     return [
         SampledRow(
             token_id=token,
             logprob=logprob,
             model_logprob=model_logprob,
-            kept=kept_V.nonzero()[:, 0].to(torch.int32).cpu().numpy() if params.return_kept else None,
+            kept=_ids(scaled_V > -torch.inf) if params.return_kept else None,
         )
-        if abs(lse) < torch.inf
+        if abs(largest) < torch.inf
         else None
-        for token, logprob, model_logprob, lse, params, kept_V in zip(
-            token_R.tolist(), *columns, params_R, kept_RV, strict=True
+        for token, logprob, model_logprob, largest, params, scaled_V in zip(
+            token_R.tolist(), *columns, params_R, scaled_RV, strict=True
         )
     ]
 
@@ -100,3 +95,8 @@ def lowest_argmax(values_RV: Tensor) -> Tensor:
     column_V = torch.arange(vocab_size, device=values_RV.device)
     is_largest_RV = values_RV == values_RV.amax(dim=1, keepdim=True)
     return torch.where(is_largest_RV, column_V, vocab_size).amin(dim=1) % vocab_size
+
+
+def _ids(chosen_V: Tensor) -> NDArray[np.int32]:
+    """The indices that are true, ascending."""
+    return chosen_V.nonzero()[:, 0].to(torch.int32).cpu().numpy()

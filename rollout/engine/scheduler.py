@@ -63,6 +63,10 @@ class Scheduler:
         self._read_groups: list[Group] = []
         """Groups whose prompt is held for samples to come."""
 
+    def has_work(self, version: WeightVersion) -> bool:
+        """Whether anything runs or may begin under `version`."""
+        return bool(self.running) or any(sequence.params.may_begin_under(version) for sequence in self.waiting)
+
     def schedule(self, version: WeightVersion) -> list[ScheduledRows]:
         """Admits what fits and says what runs; empty when there is nothing to do under `version`."""
         self._admit(version)
@@ -102,14 +106,15 @@ class Scheduler:
 
     def withdraw(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
         """Takes away every chosen sequence, running or waiting, and frees what it holds."""
-        gone = [sequence for sequence in (*self.running, *self.waiting) if chosen(sequence)]
-        running = [sequence for sequence in self.running if sequence in gone]
+        running = [sequence for sequence in self.running if chosen(sequence)]
+        waiting = [sequence for sequence in self.waiting if chosen(sequence)]
         for sequence in running:
             self.finish(sequence)
+        gone = set(waiting)
         self.waiting = deque(sequence for sequence in self.waiting if sequence not in gone)
-        for sequence in gone:
+        for sequence in (*running, *waiting):
             self._leave_group(sequence)
-        return gone
+        return [*running, *waiting]
 
     def rebuild(self, sequence: Sequence) -> None:
         """A running sequence throws its keys and values away and reads its tokens again where it stands."""
@@ -128,7 +133,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting.popleft()
             group = sequence.group
-            if not _may_begin(sequence, version) or (group is not None and group.reader is not None):
+            if not sequence.params.may_begin_under(version) or (group is not None and group.reader is not None):
                 passed_over.append(sequence)
                 continue
             ready = group is not None and group.read is not None
@@ -254,9 +259,3 @@ class Scheduler:
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
-
-
-def _may_begin(sequence: Sequence, version: WeightVersion) -> bool:
-    """Whether `version` is the sequence's min_version or a later step of its run."""
-    least = sequence.params.min_version
-    return least is None or (least.run == version.run and least <= version)

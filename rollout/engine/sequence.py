@@ -4,6 +4,7 @@ T tokens, L mixture-of-experts layers, K experts of a token.
 """
 
 from enum import Enum
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from rollout.engine.group import Group, ReadPrompt
 from rollout.engine.sampler import SampledRow
 from rollout.request import Completion, DiscardedKv, FinishReason, Prompt, SamplingParams, Score, VersionSpan
 from weights.version import WeightVersion
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 class Purpose(Enum):
@@ -119,8 +122,15 @@ class Sequence:
         """
         first = self.discarded_kv[-1].stop if self.discarded_kv else 0
         if self.sampled > first:
-            spans = tuple(self.kv_version_spans)
-            self.discarded_kv.append(DiscardedKv(start=first, stop=self.sampled, kv_version_spans=spans))
+            self.discarded_kv.append(
+                DiscardedKv(
+                    start=first,
+                    stop=self.sampled,
+                    kv_version_spans=tuple(self.kv_version_spans),
+                    expert_ids=joined(self.expert_ids),
+                    expert_weights=joined(self.expert_weights),
+                )
+            )
         self.computed = 0
         self.block_keys.clear()
         self.kv_version_spans.clear()
@@ -148,14 +158,19 @@ class Sequence:
             kv_version_spans=tuple(self.kv_version_spans),
             discarded_kv=tuple(self.discarded_kv),
             kept_token_ids=tuple(self.kept_token_ids) if self.params.return_kept else None,
-            expert_ids=np.concatenate(self.expert_ids) if self.expert_ids else None,
-            expert_weights=np.concatenate(self.expert_weights) if self.expert_weights else None,
+            expert_ids=joined(self.expert_ids),
+            expert_weights=joined(self.expert_weights),
         )
 
     def score(self) -> Score:
         """What the caller of score() gets."""
         (span,) = self.kv_version_spans
         return Score(version=span.version, logprobs=tuple(self.model_logprobs))
+
+
+def joined(parts: list[NDArray[Number]]) -> NDArray[Number] | None:
+    """The steps' records one after the other; None where nothing was recorded."""
+    return np.concatenate(parts) if parts else None
 
 
 def extend_spans(spans: list[VersionSpan], version: WeightVersion, start: int, stop: int) -> None:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.config import RolloutConfig, resolve_rl_mode
+from rollout.config import RolloutConfig, WeightsConfig, resolve_rl_mode
 from rollout.errors import ConfigError
 
 MINIMAL = {"name": "run-7", "model": "checkpoints/tiny"}
@@ -50,12 +50,30 @@ def test_a_file_with_name_and_model_is_enough(tmp_path: Path) -> None:
         ({"weights": {"poll_s": 0}}, r"weights\.poll_s: got 0, must be above 0"),
         ({"gate": "fp16"}, r"gate: got 'fp16', expected fp32 or trainer"),
         ({"name": "a/b"}, r"name: got 'a/b'"),
+        (
+            {"deadlines": {"pause_s": 60, "message_s": 60}},
+            r"pause_s: got 60, must be less than deadlines\.message_s=60",
+        ),
         ({"deadlines": {"pause_s": -1}}, r"deadlines\.pause_s: got -1, must be above 0"),
     ],
 )
 def test_a_mistake_is_named(extra: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         RolloutConfig.from_mapping(MINIMAL | extra)
+
+
+def test_a_configuration_built_in_python_is_checked_like_one_from_a_file() -> None:
+    with pytest.raises(ConfigError, match=r"gate: got 'fp16', expected fp32 or trainer; .*dtype: got 'bf16'"):
+        RolloutConfig(name="run-7", model="m", dtype="bf16", gate="fp16")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="requests_in_flight: got 'drop'"):
+        WeightsConfig(requests_in_flight="drop")  # type: ignore[arg-type]
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rollout.yaml"
+    path.write_text("name: a\nmodel: b\nhosts: 2\nhosts: 4\n")
+    with pytest.raises(ConfigError, match="the key 'hosts' is given twice"):
+        RolloutConfig.from_yaml(path)
 
 
 def test_every_mistake_is_named_at_once() -> None:

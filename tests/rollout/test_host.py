@@ -224,6 +224,19 @@ def test_a_queue_that_is_full_pushes_back_and_takes_more_when_some_are_done(tmp_
         hosted.host.stop()
 
 
+def test_a_name_that_is_not_new_is_refused_until_its_samples_are_done(hosted: Hosted) -> None:
+    with hosted.host.paused():
+        hosted.host.submit("me", prompts(2, max_tokens=3))
+        with pytest.raises(ValueError, match="these are not new to host-0: p1"):
+            hosted.host.submit("me", prompts(2, max_tokens=3)[1:])
+        with pytest.raises(ValueError, match="given twice in one call"):
+            hosted.host.submit("you", [*prompts(1), *prompts(1)])
+        hosted.host.submit("you", prompts(2, max_tokens=3))
+    assert len(hosted.collect("me", 2)) == 2
+    hosted.host.submit("me", prompts(2, max_tokens=3))
+    assert len(hosted.collect("me", 2)) == 2
+
+
 def test_submitting_never_waits_for_an_update_and_min_version_may_refuse(hosted: Hosted) -> None:
     wanted = WeightVersion(run="learner", step=2, digest=Digest(0, 0))
     with hosted.host.paused():

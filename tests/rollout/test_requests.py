@@ -276,13 +276,41 @@ def test_a_request_waits_for_its_version_and_lets_others_pass() -> None:
     run.submit("now", (1, 2))
     run.step(10)
     assert [c.prompt_id for c in run.completions] == ["now"]
-    assert run.engine.step() == []
+    assert not run.engine.has_work, "the engine's thread sleeps while nothing may begin"
     run.commit()
     run.step(10)
     assert len(run.completions) == 1
     run.commit()
     later = run.drain()[-1]
     assert {span.version for span in later.version_spans} == {version(2)}
+
+
+def test_a_request_that_waits_for_a_run_that_is_over_ends() -> None:
+    run = Run()
+    run.submit("never", (1, 2), min_version=version(9))
+    run.commit()
+    assert run.completions == []
+    other = WeightVersion(run="another", step=0, digest=Digest(0, 0))
+    run._take(run.engine.commit(other))
+    assert [(c.prompt_id, c.finish_reason) for c in run.completions] == [("never", FinishReason.STALE)]
+
+
+def test_experts_of_keys_that_were_rebuilt_are_told_apart_from_those_that_made_the_tokens() -> None:
+    run = Run(kv_blocks=40)
+    run.submit("one", (1, 2, 3), at_commit="recompute", record_routing=True)
+    run.step(4)
+    run.commit()
+    (completion,) = run.drain()
+    (lost,) = completion.discarded_kv
+    assert lost.expert_ids is not None
+    assert completion.expert_ids is not None
+    for seed, ids_TLK in ((0, lost.expert_ids), (1, completion.expert_ids)):
+        perturb_(LEARNER, seed)
+        tokens = [*completion.prompt_token_ids, *completion.token_ids][: len(ids_TLK)]
+        with routers_watched(LEARNER) as routed, torch.no_grad():
+            LEARNER(torch.tensor([tokens]))
+        theirs = torch.stack([layer.expert_ids_TK for layer in routed], dim=1)
+        assert torch.equal(torch.from_numpy(ids_TLK).long(), theirs)
 
 
 def test_a_preempted_request_resumes_with_the_same_tokens() -> None:

@@ -124,6 +124,17 @@ def test_logits_that_cannot_be_sampled_from_are_told_apart(bad: float) -> None:
     assert [outcome is None for outcome in outcomes] == [True, False, True]
 
 
+def test_the_kept_ids_of_a_row_do_not_depend_on_the_others() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0]]).expand(2, 3)
+    (alone,) = sample(logits[:1], [params(return_kept=True)], [1], [0])
+    beside, _ = sample(logits, [params(return_kept=True), params(top_k=1)], [1, 1], [0, 0])
+    assert alone is not None
+    assert beside is not None
+    assert alone.kept is not None
+    assert beside.kept is not None
+    assert alone.kept.tolist() == beside.kept.tolist() == [0, 2]
+
+
 def test_a_prompts_samples_have_seeds_of_their_own() -> None:
     assert len({sample_seed(seed, index) for seed in range(50) for index in range(50)}) == 2500
     assert sample_seed(1, 0) == sample_seed(1, 0)
@@ -134,6 +145,7 @@ def test_a_prompts_samples_have_seeds_of_their_own() -> None:
     [
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-39}, "temperature is 1e-39, must be 0, or from 1e-05 up"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": 0}, "top_k is 0"),
         ({"n": 0}, "n is 0"),
