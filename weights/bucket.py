@@ -1,6 +1,6 @@
-"""Packs the tensors of an update into flat buckets of bytes:
+"""Packs the tensors of an update into flat buckets of bytes.
 
-a pure function that the learner and its hosts compute alike.
+A pure function, which the learner and its hosts compute alike.
 """
 
 from collections.abc import Iterable
@@ -45,9 +45,9 @@ class Packer:
         self._used = 0
 
     def place(self, size: int) -> tuple[Piece, ...]:
-        """The pieces of the next tensor, of `size` bytes:
+        """The pieces of the next tensor, of `size` bytes.
 
-        none for an empty one, one where it fits into what is left of the bucket.
+        None for an empty one; one where it fits into what is left of the bucket.
         """
         pieces = []
         offset = 0

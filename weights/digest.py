@@ -91,9 +91,9 @@ ZERO = Digest(0, 0)
 
 
 class TensorHash:
-    """The hash function of one tensor:
+    """The hash function of one tensor, keyed by its name, shape and wire dtype.
 
-    keyed by name, shape and wire dtype. Its digest is `header` plus that of all of its blocks.
+    The tensor's digest is `header` plus the digests of all of its blocks.
     """
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -182,9 +182,9 @@ def _narrow(chunk: Tensor, wire_dtype: torch.dtype) -> Tensor:
 
 
 def _words(data: Tensor) -> Tensor:
-    """int32 [B, W] of flat bytes:
+    """Flat bytes as int32 [B, W].
 
-    a view where it can be, a copy padded with zeros where the last block is short or the address is odd.
+    A view where it can be; a copy, padded with zeros, where the last block is short or the address is odd.
     """
     blocks = -(-data.numel() // BLOCK_BYTES)
     if data.numel() != blocks * BLOCK_BYTES or data.storage_offset() % 4 or data.data_ptr() % 4:

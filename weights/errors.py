@@ -6,6 +6,7 @@
     ├── RosterError              no such fleet, or its roster file is malformed
     ├── FolderError              a folder of weights cannot be written, read, or trusted
     ├── TransportError           a peer is gone, refuses the connection, or breaks the protocol
+    │   ├── PeerGone             its process has ended: it serves nothing
     │   └── DeadlineExceeded     a wait ended without what it waited for
     ├── UpdateAborted            nothing was committed: every host keeps what it had
     └── CommitIncomplete         some hosts committed and some did not
@@ -39,6 +40,10 @@ class FolderError(WeightsError):
 
 class TransportError(WeightsError):
     """A peer is gone, cannot be reached, turned us away, or answered what the protocol does not allow."""
+
+
+class PeerGone(TransportError):
+    """A peer's process has ended, or it has left the fleet: it serves nothing, whatever it did last."""
 
 
 class DeadlineExceeded(TransportError):

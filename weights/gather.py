@@ -1,6 +1,6 @@
-"""Gathers a learner's tensors into segments and takes their digests:
+"""Gathers a learner's tensors into segments and takes their digests.
 
-the publisher's share of an update before any host hears of it.
+This is the publisher's share of an update, before any host hears of it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,9 +61,8 @@ def gather(source: Source, tied: Mapping[str, str], pool: SegmentPool, bucket_by
     repeated: dict[str, Digest] = {}
     for name, tensor in to_wire(named_pairs(source), keep_tied=True):
         if name in tied:
-            repeated[name] = tensor_digest(
-                tied[name], tensor
-            )  # at once: a gathered tensor may not live until the other comes
+            # Hashed at once: a learner that gathers one tensor at a time may not keep this one until the other comes.
+            repeated[name] = tensor_digest(tied[name], tensor)
             continue
         content = tensor.contiguous()
         data = wire_bytes(content)

@@ -1,5 +1,7 @@
 """Links: a publisher's connections to all hosts of a fleet, called side by side."""
 
+import time
+from collections import Counter
 from collections.abc import Callable
 
 from weights.errors import DeadlineExceeded, MessageError, TransportError, UpdateAborted
@@ -8,6 +10,9 @@ from weights.transports.seam import Link, Segment, Transport
 
 PARTING_S = 1.0
 """Seconds that a host which failed a call is given to answer a last one."""
+
+AT_HAND_S = 1.0
+"""Seconds to read a reply that has arrived, or is about to, when the time was spent waiting for another host."""
 
 
 class Links:
@@ -24,9 +29,14 @@ class Links:
     def greet(self) -> dict[str, Welcome]:
         """Says Hello to every host of the roster as it stands now, and connects to those that it has to.
 
-        UpdateAborted naming every host that cannot be reached, is another's, or speaks another protocol.
+        UpdateAborted naming every host that cannot be reached, is another's, speaks another protocol, or hosts other
+        tensors than most.
         """
         hosts = self._transport.hosts()
+        if not hosts:
+            raise UpdateAborted(
+                "the fleet has no host at the moment: they are being started again; try again later", {}
+            )
         for host in set(self._links) - set(hosts):
             self.part(host)
         welcomes: dict[str, Welcome] = {}
@@ -43,6 +53,8 @@ class Links:
             else:
                 faults[host] = reply.reason if isinstance(reply, Refused) else f"answered Hello with {reply!r:.200}"
                 self.part(host)
+        if not faults:
+            faults = _misfits(welcomes)
         if faults:
             raise UpdateAborted(blame("cannot greet every host", faults), faults)
         return welcomes
@@ -63,11 +75,14 @@ class Links:
                 link.send(request, segment, self._patience_s(host))
             except (TransportError, MessageError) as error:
                 faults[host] = str(error)
+        sent = time.monotonic()
         for host, link in self._links.items():
             if host in faults:
                 continue
             try:
-                replies[host] = link.receive(request.sequence, self._patience_s(host))
+                # One deadline for all: hosts that are late together are not waited for in turn.
+                left_s = max(self._patience_s(host) - (time.monotonic() - sent), AT_HAND_S)
+                replies[host] = link.receive(request.sequence, left_s)
             except (TransportError, MessageError) as error:
                 faults[host] = str(error)
         self._doubtful = set(faults)
@@ -105,6 +120,19 @@ class Links:
         hello = Hello(sequence=self._sequence, protocol=PROTOCOL, publisher=self._publisher)
         link.send(hello, None, self._deadline_s)
         return link.receive(hello.sequence, self._deadline_s)
+
+
+def _misfits(welcomes: dict[str, Welcome]) -> dict[str, str]:
+    """Hosts that host other tensors than most do: no update fits them all."""
+    layouts = Counter(welcome.layout for welcome in welcomes.values())
+    usual, _ = layouts.most_common(1)[0]
+    alike = ", ".join(host for host, welcome in welcomes.items() if welcome.layout == usual)
+    return {
+        host: f"hosts other tensors (layout {welcome.layout:.8}) than {alike} (layout {usual:.8}): "
+        "launch every host from the same checkpoint and configuration"
+        for host, welcome in welcomes.items()
+        if welcome.layout != usual
+    }
 
 
 def blame(what: str, faults: dict[str, str]) -> str:

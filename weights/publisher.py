@@ -17,7 +17,6 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from types import TracebackType
 from typing import Self
@@ -62,10 +61,10 @@ class Publisher:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """run:
+        """Connects to nobody yet: `connect` and `publish` do.
 
-        the trainer's run; left out, a new one that no other learner has. deadline_s: how long a host may take
-        to answer a call.
+        run: the trainer's run; left out, a new one that no other learner has. deadline_s: how long a host may take to
+        answer a call.
         """
         check_bucket_bytes(bucket_bytes)
         if not deadline_s > 0:
@@ -100,8 +99,12 @@ class Publisher:
             raise
         return publisher
 
-    def publish(self, source: Source, step: int, *, base: Digest | None = None) -> PublishReport:
+    def publish(
+        self, source: Source, step: int, *, base: Digest | None = None, digest: Digest | None = None
+    ) -> PublishReport:
         """Brings all hosts to `source` as `WeightVersion(run, step, digest of the content)`.
+
+        digest: what the content's must be, where `source` may change while it is read.
 
         UpdateAborted: nothing was committed anywhere; names every host at fault. CommitIncomplete: the commit was
         sent and not every host confirmed; names those that did, those torn, and those unknown. ValueError for a
@@ -110,14 +113,17 @@ class Publisher:
         if base is not None:
             raise ValueError(f"subset updates (here on base {base}) are not supported yet; publish all tensors")
         WeightVersion(run=self.run, step=step, digest=ZERO)  # refuses a step that no version may have
-        version = WeightVersion(run=self.run, step=step, digest=ZERO)  # refuses a step that no version may have
         marks = [self._clock()]
         welcomes = self._links.greet()
         marks.append(self._clock())
         tied = {alias: name for welcome in welcomes.values() for alias, name in welcome.tied.items()}
         gathered = gather(source, tied, self._pool, self._bucket_bytes)
         marks.append(self._clock())
-        version = replace(version, digest=gathered.manifest.digest)
+        version = WeightVersion(run=self.run, step=step, digest=gathered.manifest.digest)
+        if digest is not None and version.digest != digest:
+            raise UpdateAborted(
+                f"the source has digest {version.digest}, expected {digest}: it changed while it was read", {}
+            )
         update = uuid.uuid4().hex
         agreed = False
         try:

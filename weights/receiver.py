@@ -3,24 +3,26 @@
 The life of an update:
 
 1. Offer: the whole manifest is planned against the hosted layout. Nothing is taken on faith and nothing is written.
-2. Stage, bucket after bucket: its segment is kept and its blocks are hashed, while requests run. 3. Vote: the host
-says yes only when every byte is here and every digest is the manifest's. 4. Commit: requests pause, parameters are
-overwritten in place, the *live* parameters are hashed, and only if they are the manifest's
-   does the version flip. Anything else leaves the host torn: it serves nothing until a complete commit.
+2. Stage, bucket after bucket: its segment is kept and its blocks are hashed, while requests run.
+3. Vote: the host says yes only when every byte is here and every digest is the manifest's.
+4. Commit: requests pause, parameters are overwritten in place, and the *live* parameters are hashed. Only if they are
+   the manifest's does the version flip. Anything else leaves the host torn: it serves nothing until a complete commit.
 
 A publisher that dies or falls silent before the vote is forgotten. One that does so after the vote may have told a
-sibling to commit, so the host asks: see `settle`.
+sibling to commit, so the host settles with its siblings: `settlement.py` has the rule.
 """
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from weights.errors import DeadlineExceeded, ManifestError, WeightsError
+from weights.digest import Digest
+from weights.errors import DeadlineExceeded, ManifestError
+from weights.hosted import Hosted
 from weights.messages import (
     PROTOCOL,
     Abort,
@@ -42,14 +44,13 @@ from weights.messages import (
     Welcome,
 )
 from weights.naming import HostedLayout
+from weights.outcomes import Outcomes
 from weights.rendezvous import DEFAULT_SILENCE_S
-from weights.serving import Serving, Sibling
-from weights.settlement import Settlement, ask_each
+from weights.serving import Serving
+from weights.settlement import Settlement, Siblings, settle
 from weights.staging import StagedUpdate
 from weights.state import Intent, Outcome, State
 from weights.version import WeightVersion
-
-_REMEMBERED_UPDATES = 256
 
 
 class Receiver:
@@ -62,35 +63,37 @@ class Receiver:
         layout: HostedLayout,
         parameters: Mapping[str, Tensor],
         serving: Serving,
-        version: WeightVersion,
+        version: WeightVersion | None,
+        wire_dtypes: Mapping[str, torch.dtype] | None = None,
         silence_s: float = DEFAULT_SILENCE_S,
         clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        """version: of what `parameters` hold now. silence_s: how long an update may hear nothing from its publisher.
+        """version: of what `parameters` hold now; None if that is not to be served: the host begins like a torn one.
+        silence_s: how long an update may hear nothing from its publisher, and how long settling it may take then.
 
         ValueError if the parameters are not the layout's, or not contiguous.
         """
-        faults = [
-            f"{name}: {tuple(view.shape)} {view.dtype}, expected {layout[name].shape} {layout[name].dtype}"
-            for name, view in layout.state_dict(parameters)
-            if view.shape != layout[name].shape or view.dtype != layout[name].dtype
-        ]
-        faults += [f"{name}: not contiguous" for name, tensor in parameters.items() if not tensor.is_contiguous()]
-        if faults:
-            raise ValueError("these parameters are not the layout's:\n  " + "\n  ".join(faults))
         self.host = host
         self.layout = layout
-        self._parameters = parameters
-        self._serving = serving
+        self._hosted = Hosted(
+            host=host,
+            layout=layout,
+            parameters=parameters,
+            serving=serving,
+            version=version,
+            wire_dtypes=wire_dtypes,
+            clock=clock,
+        )
         self._silence_s = silence_s
         self._clock = clock
+        self._wait = wait
         self._lock = threading.RLock()
-        self._state = State.IDLE
-        self._version: WeightVersion | None = version
+        self._state = State.IDLE if version is not None else State.TORN
         self._update: StagedUpdate | None = None
         self._held = False
         self._heard_at = clock()
-        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
+        self._outcomes = Outcomes()
         self._last_commit: Committed | None = None
 
     @property
@@ -100,7 +103,21 @@ class Receiver:
     @property
     def version(self) -> WeightVersion | None:
         """What the parameters hold, whole; None when torn."""
-        return self._version
+        return self._hosted.version
+
+    def content(self) -> tuple[WeightVersion, Iterator[tuple[str, Tensor]]]:
+        """What the parameters hold, as it came over the wire: (wire name, tensor in its wire dtype), read as it is
+        iterated.
+
+        A commit meanwhile makes it a mixture, which shows in its digest. UpdateAborted if the host has no version.
+        """
+        with self._lock:
+            return self._hosted.content()
+
+    def live_digest(self) -> Digest:
+        """Recomputed from the parameters as they are, no commit in between; equal to the version's digest if whole."""
+        with self._lock:
+            return self._hosted.digest()
 
     @property
     def silence_left_s(self) -> float | None:
@@ -142,38 +159,48 @@ class Receiver:
                 self._forget()
             return self._state is State.STAGED
 
-    def settle(self, siblings: Iterable[Sibling]) -> Settlement | None:
+    def settle(self, siblings: Siblings) -> Settlement | None:
         """Ends the update of a publisher that is gone or silent; None if there is none.
 
-        Without a vote: aborted. With one, the siblings are asked to hold and say how it ended with them. If any
-        committed, or tore in trying, the decision was to commit and this host commits too: its segments outlive the
-        learner. If none did, it aborts, and tells those that it reached to do so. One that it cannot reach is taken
-        not to have committed; if it has, the fleet disagrees, each host whole and rightly labelled, until the next
-        update.
+        Without a vote: aborted. With one: as `settlement.py` has it. It may take `silence_s`.
         """
-        siblings = tuple(siblings)
         with self._lock:
             if self._update is None:
                 return None
             update = self._update.offer.update
             if self._state is not State.STAGED:
-                return self._forgotten("its publisher was lost before the vote")
+                return self.call_off(update, "its publisher was lost before the vote")
             self._held = True  # a Commit that still comes is refused: siblings may be told to abort
         # Without the lock: two hosts that settle at once ask each other.
-        answers, unreached = ask_each(siblings, Ask(sequence=1, update=update, asker=self.host, intent=Intent.HOLD))
+        return settle(self, update, siblings, within_s=self._silence_s, clock=self._clock, wait=self._wait)
+
+    # What settling decides (settlement.Voter).
+
+    def follow(self, update: str, reason: str) -> Settlement | str:
+        """Commits because siblings did; a text says why it could not pause, and nothing was written."""
         with self._lock:
-            if self._update is None or self._update.offer.update != update:
-                return Settlement(update=update, outcome=self._outcomes[update], reason="it was aborted meanwhile")
-            decided = [host for host, outcome in answers.items() if outcome in (Outcome.COMMITTED, Outcome.TORN)]
-            if decided:
-                return self._follow(self._update, decided)
-            settlement = self._forgotten(
-                f"its publisher was lost after the vote; committed by none of: {', '.join(answers) or 'no siblings'}"
-                + "".join(f"; {host} not reached: {why}" for host, why in unreached.items())
-            )
-        reached = [sibling for sibling in siblings if sibling.host in answers]
-        ask_each(reached, Ask(sequence=1, update=update, asker=self.host, intent=Intent.ABORT))
-        return settlement
+            if self._update is not None and self._update.offer.update == update:
+                written = self._write(self._update)
+                if isinstance(written, str):
+                    if self._state is State.STAGED:
+                        return written
+                    reason = f"{reason}; {written}"
+            return self._settled(update, reason)
+
+    def call_off(self, update: str, reason: str) -> Settlement:
+        """Aborts because no host has committed."""
+        with self._lock:
+            if self._update is not None and self._update.offer.update == update:
+                self._forget()
+            return self._settled(update, reason)
+
+    def stop(self, update: str, outcome: Outcome, reason: str) -> Settlement:
+        """Lets go of the update and serves nothing: a sibling may have committed, and this host did not."""
+        with self._lock:
+            if self._update is not None and self._update.offer.update == update:
+                self._hosted.stop(reason)
+                self._end(outcome)
+            return self._settled(update, reason)
 
     def _welcome(self, hello: Hello) -> Reply:
         if hello.protocol != PROTOCOL:
@@ -185,7 +212,7 @@ class Receiver:
             protocol=PROTOCOL,
             host=self.host,
             state=self._state,
-            version=self._version,
+            version=self._hosted.version,
             layout=self.layout.digest,
             tied=self.layout.tied,
         )
@@ -206,7 +233,7 @@ class Receiver:
             update = StagedUpdate(offer, self.layout)
         except (ManifestError, ValueError) as error:
             return self._refuse(offer, str(error))
-        served = self._version
+        served = self._hosted.version
         if served is not None and served.run == offer.run and offer.step <= served.step and update.version != served:
             # The very version that serves is welcome: publishing it again is how a fleet that disagrees is healed.
             return self._refuse(offer, f"serves {served}; step {offer.step} of the same run is stale")
@@ -216,7 +243,7 @@ class Receiver:
     def _stage(self, stage: Stage, segment: Tensor | None) -> Reply:
         update = self._update
         if update is None or update.offer.update != stage.update:
-            return self._refuse(stage, self._absence(stage.update))
+            return self._refuse_absent(stage)
         if self._state is State.OFFERED:
             try:
                 update.stage(stage.bucket, segment)
@@ -230,7 +257,7 @@ class Receiver:
     def _vote(self, vote: Vote) -> Reply:
         update = self._update
         if update is None or update.offer.update != vote.update:
-            return self._refuse(vote, self._absence(vote.update))
+            return self._refuse_absent(vote)
         if self._state is State.OFFERED:
             faults = update.faults()
             if faults:
@@ -244,7 +271,7 @@ class Receiver:
             return replace(self._last_commit, sequence=commit.sequence)
         update = self._update
         if update is None or update.offer.update != commit.update:
-            return self._refuse(commit, self._absence(commit.update))
+            return self._refuse_absent(commit)
         if self._state is not State.STAGED:
             return self._refuse(commit, "has not voted for this update")
         if self._held:
@@ -255,18 +282,18 @@ class Receiver:
     def _abort(self, abort: Abort) -> Reply:
         if self._update is not None and self._update.offer.update == abort.update:
             self._forget()
-        elif self._outcomes.get(abort.update, Outcome.ABORTED) is not Outcome.ABORTED:
-            return self._refuse(abort, self._absence(abort.update))
+        elif self._outcomes.get(abort.update) in (Outcome.COMMITTED, Outcome.TORN):
+            return self._refuse_absent(abort)
         else:
-            self._remember(abort.update, Outcome.ABORTED)  # its offer may still be on its way
-        return Aborted(sequence=abort.sequence, update=abort.update, state=self._state, version=self._version)
+            self._outcomes.keep(abort.update, Outcome.ABORTED)  # its offer may still be on its way
+        return Aborted(sequence=abort.sequence, update=abort.update, state=self._state, version=self._hosted.version)
 
     def _answer(self, ask: Ask) -> Reply:
         outcome = self._outcomes.get(ask.update)
         if outcome is None:
             if self._update is None or self._update.offer.update != ask.update:
-                self._remember(ask.update, Outcome.ABORTED)
                 outcome = Outcome.UNKNOWN
+                self._outcomes.keep(ask.update, outcome)
             elif self._state is State.STAGED and ask.intent is Intent.HOLD:
                 self._held = True
                 outcome = Outcome.VOTED
@@ -275,85 +302,46 @@ class Receiver:
                 outcome = Outcome.ABORTED
         return Answer(sequence=ask.sequence, update=ask.update, host=self.host, outcome=outcome)
 
-    def _follow(self, update: StagedUpdate, decided: list[str]) -> Settlement:
-        """Commits because siblings did."""
-        written = self._write(update)
-        reason = f"its publisher was lost after the vote, and {', '.join(decided)} took the commit"
-        if isinstance(written, str) and self._state is State.STAGED:
-            return self._forgotten(f"{reason}; {written}; the old version serves on until the next update")
-        outcome = Outcome.TORN if isinstance(written, str) else Outcome.COMMITTED
-        return Settlement(update=update.offer.update, outcome=outcome, reason=reason)
-
     def _write(self, update: StagedUpdate) -> Committed | str:
-        """Pauses and overwrites.
+        """Overwrites the parameters.
 
         A text says why not: nothing was written if the state is STAGED still, else the host is torn.
         """
+
+        def paused() -> None:
+            self._state = State.COMMITTING
+
         try:
-            with self._serving.paused():
-                paused = self._clock()
-                self._state = State.COMMITTING
-                done = self._overwrite(update)
-            resumed = self._clock()
+            written = self._hosted.write(update, paused)
         except DeadlineExceeded as error:
             if self._state is not State.STAGED:
                 raise
             return f"could not pause, so nothing was written: {error}"
-        if isinstance(done, str):
-            return done
-        self._last_commit = replace(done, pause_s=resumed - paused)
-        return self._last_commit
-
-    def _overwrite(self, update: StagedUpdate) -> Committed | str:
-        """Copies and verifies, inside the pause; however it is left, the version is the content's or the host is
-        torn.
-        """
-        reason = "the commit was interrupted"
-        try:
-            begun = self._clock()
-            update.write(self._parameters)
-            copied = self._clock()
-            faults = list(update.live_faults(self._parameters))
-            verified = self._clock()
-            if faults:
-                reason = "\n  ".join(["the parameters do not hold the update after its copy:", *faults])
-            else:
-                self._serving.committed(update.version)
-                self._version = update.version
-                self._end(Outcome.COMMITTED)
-                return Committed(
-                    sequence=0,
-                    update=update.offer.update,
-                    version=update.version,
-                    pause_s=0.0,
-                    copy_s=copied - begun,
-                    verify_s=verified - copied,
-                )
-        except (RuntimeError, OSError, WeightsError) as error:
-            reason = f"the commit failed: {error}"
         finally:
             if self._state is State.COMMITTING:
-                self._version = None
-                self._end(Outcome.TORN)
-                self._serving.torn(reason)
-        return reason
+                self._end(Outcome.TORN if self._hosted.version is None else Outcome.COMMITTED)
+        if isinstance(written, str):
+            return written
+        self._last_commit = Committed(
+            sequence=0,
+            update=update.offer.update,
+            version=update.version,
+            pause_s=written.pause_s,
+            copy_s=written.copy_s,
+            verify_s=written.verify_s,
+        )
+        return self._last_commit
 
-    def _absence(self, update: str) -> str:
-        ended = self._outcomes.get(update)
-        if ended is not None:
-            return f"update {update} has ended here: {ended}"
-        under_way = f"; {self._update.offer.update} is under way" if self._update is not None else ""
-        return f"update {update} was never offered here{under_way}"
+    def _refuse_absent(self, request: Stage | Vote | Commit | Abort) -> Refused:
+        under_way = None if self._update is None else self._update.offer.update
+        return self._refuse(request, self._outcomes.absence(request.update, under_way))
 
     def _refuse(self, request: Request, reason: str) -> Refused:
         update = "" if isinstance(request, Hello) else request.update
         return Refused(sequence=request.sequence, update=update, state=self._state, reason=reason)
 
-    def _forgotten(self, reason: str) -> Settlement:
-        assert self._update is not None
-        update = self._update.offer.update
-        self._forget()
-        return Settlement(update=update, outcome=Outcome.ABORTED, reason=reason)
+    def _settled(self, update: str, reason: str) -> Settlement:
+        return Settlement(update=update, outcome=self._outcomes[update], reason=reason)
 
     def _forget(self) -> None:
         self._end(Outcome.ABORTED)
@@ -361,11 +349,6 @@ class Receiver:
     def _end(self, outcome: Outcome) -> None:
         """Lets go of the update and its segments."""
         assert self._update is not None
-        self._remember(self._update.offer.update, outcome)
+        self._outcomes.keep(self._update.offer.update, outcome)
         self._update, self._held = None, False
-        self._state = State.TORN if self._version is None else State.IDLE
-
-    def _remember(self, update: str, outcome: Outcome) -> None:
-        self._outcomes[update] = outcome
-        while len(self._outcomes) > _REMEMBERED_UPDATES:
-            self._outcomes.popitem(last=False)
+        self._state = State.TORN if self._hosted.version is None else State.IDLE

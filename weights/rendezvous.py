@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import socket
 import stat
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from weights.errors import RosterError
 
 DEFAULT_DEADLINE_S = 60.0
 DEFAULT_SILENCE_S = 180.0
+ABANDONED_S = 60.0
+"""Age at which a socket or a half-written roster that nobody uses is swept; a starting host's is younger."""
 TRANSPORTS = ("shared_memory",)
 """Transports that a roster may name."""
 
@@ -89,6 +93,8 @@ class Roster:
     """How long a host hears nothing during an update before it settles; more than deadline_s, or it may settle under
     a live publisher.
     """
+    launcher: int | None = None
+    """Process that watches the hosts and starts them again; None where nobody does."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -111,10 +117,17 @@ class Roster:
             "bucket_bytes": self.bucket_bytes,
             "deadline_s": self.deadline_s,
             "silence_s": self.silence_s,
+            "launcher": self.launcher,
         }
+        text = json.dumps(plain, indent=1)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            json.dump(plain, file, indent=1)
-        os.replace(file.name, path)
+            try:
+                file.write(text)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:  # a full disk: the old roster stands
+                os.unlink(file.name)
+                raise
         return path
 
     @classmethod
@@ -138,6 +151,7 @@ class Roster:
                     "bucket_bytes": int(bucket_bytes),
                     "deadline_s": int() | float() as deadline_s,
                     "silence_s": int() | float() as silence_s,
+                    "launcher": int() | None as launcher,
                 }:
                     return cls(
                         name=found,
@@ -146,6 +160,7 @@ class Roster:
                         bucket_bytes=bucket_bytes,
                         deadline_s=deadline_s,
                         silence_s=silence_s,
+                        launcher=launcher,
                     )
         except ValueError as error:
             raise RosterError(f"{path} is no roster: {error}; remove it and launch the fleet again") from error
@@ -155,7 +170,61 @@ class Roster:
 
     def remove(self) -> None:
         """Takes the roster away; no error if it is gone."""
-        _roster_path(self.name).unlink(missing_ok=True)
+        remove_roster(self.name)
+
+
+def remove_roster(name: str) -> None:
+    """Takes the roster of a fleet away; no error if there is none."""
+    _roster_path(name).unlink(missing_ok=True)
+
+
+def sweep() -> tuple[str, ...]:
+    """Removes what fleets that died left in the runtime directory, and returns the names of the files.
+
+    A roster goes, with its sockets, when nobody listens on any of them and its launcher is gone; anything else that
+    is in no roster goes when nobody uses it and it is old.
+    """
+    directory = runtime_directory()
+    swept, kept = [], set()
+    for path in sorted(directory.glob(f"*{_SUFFIX}")):
+        try:
+            roster = Roster.read(path.name.removesuffix(_SUFFIX))
+        except (RosterError, ValueError):
+            continue  # not ours to judge: a later release's, say
+        doors = {Path(host.address) for host in roster.hosts}
+        if _runs(roster.launcher) or any(_listens(door) for door in doors):
+            kept |= doors
+        else:
+            swept += [path, *(door for door in doors if door.parent == directory and door.exists())]
+    old = [*directory.glob("*.sock"), *directory.glob(f".*{_SUFFIX}.*")]
+    swept += [path for path in old if path not in kept and path not in swept and _is_abandoned(path)]
+    for path in swept:
+        path.unlink(missing_ok=True)
+    return tuple(path.name for path in swept)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > ABANDONED_S and not (path.suffix == ".sock" and _listens(path))
+    except FileNotFoundError:
+        return False
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def _runs(process: int | None) -> bool:
+    if process is None:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 _SUFFIX = ".roster.json"

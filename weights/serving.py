@@ -19,7 +19,12 @@ class Serving(Protocol):
         ...
 
     def torn(self, reason: str) -> None:
-        """Called inside the pause: serve nothing until a later `committed`."""
+        """Serve nothing until a later `committed`.
+
+        Called inside the pause when a commit failed half-way, and without one when the host may not serve on (its
+        siblings may have another version) or no pause can be had. It never waits: no step begins after it, and one
+        that runs may end, on parameters that are still whole.
+        """
         ...
 
 
@@ -30,5 +35,7 @@ class Sibling(Protocol):
     def host(self) -> str: ...
 
     def ask(self, question: Ask) -> Answer:
-        """TransportError or MessageError if it cannot be reached or does not answer in time."""
+        """PeerGone if its process is known to have ended: then it serves nothing. Another TransportError, or
+        MessageError, if it cannot be reached or does not answer in time: then it may be serving.
+        """
         ...

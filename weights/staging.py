@@ -1,6 +1,6 @@
-"""StagedUpdate:
+"""StagedUpdate: one update on a host, from its offer until it is written or forgotten.
 
-one update on a host, from its offer until it is written or forgotten. No states and no messages: bytes and digests.
+It knows bytes and digests, and neither states nor messages.
 """
 
 from collections.abc import Iterator, Mapping
@@ -54,10 +54,7 @@ class StagedUpdate:
         self._segments[bucket] = segment
 
     def faults(self) -> list[str]:
-        """What keeps a host from voting for this update:
-
-        buckets that did not arrive and tensors whose bytes are others.
-        """
+        """What keeps a host from voting: buckets that did not arrive, or else tensors whose bytes are others."""
         missing = [
             f"bucket {bucket}: did not arrive" for bucket in range(len(self.buckets)) if bucket not in self._segments
         ]
@@ -83,8 +80,8 @@ class StagedUpdate:
                 copy = self._plan.copies[piece.tensor]
                 size = copy.entry.dtype.itemsize
                 start = piece.tensor_offset // size
-                # reshape gives a view, since hosted slices are contiguous; a copy would show in the
-                # digest of the live parameters.
+                # reshape gives a view, since hosted slices are contiguous; a copy would show in the digest of the live
+                # parameters.
                 target = copy.target.view(parameters).reshape(-1)[start : start + piece.bytes // size]
                 target.copy_(_bytes_of(piece, segment).view(copy.entry.dtype))
 

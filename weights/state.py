@@ -3,6 +3,11 @@
 IDLE -> OFFERED -> STAGED -> COMMITTING -> IDLE (new version)
   any failure up to STAGED      -> what it was before the offer (IDLE or TORN), untouched
   any failure in COMMITTING     -> TORN: serves nothing, heals only by a complete commit
+
+A host in STAGED that loses its publisher settles with its siblings (`settlement.py`):
+  one has committed             -> COMMITTING; if no pause can be had in time, TORN
+  none has, each accounted for  -> what it was before the offer
+  one may have, out of reach    -> TORN, "undecided": whole and old, but a sibling may be serving the new version
 """
 
 from enum import StrEnum
@@ -20,7 +25,8 @@ class State(StrEnum):
     COMMITTING = "committing"
     """Requests are paused and parameters are being written."""
     TORN = "torn"
-    """A commit failed half-way: the host serves nothing until a complete one."""
+    """A commit failed half-way, or the host cannot tell whether its siblings committed: it serves nothing until a
+    complete commit."""
 
 
 class Outcome(StrEnum):
@@ -28,8 +34,12 @@ class Outcome(StrEnum):
 
     COMMITTED = "committed"
     ABORTED = "aborted"
+    """It has not committed and never will, and nor has any other: it knows that for the whole fleet."""
     TORN = "torn"
-    """The host was told to commit and failed: for its siblings that is a decision to commit."""
+    """The host was told to commit, or learned that a sibling did, and failed: for its siblings that is a decision to
+    commit."""
+    UNDECIDED = "undecided"
+    """The host voted and could not learn how it ended: it has not committed, and serves nothing."""
     VOTED = "voted"
     """Not ended: the host has voted, and holds until the asker decides."""
     UNKNOWN = "unknown"
@@ -42,4 +52,4 @@ class Intent(StrEnum):
     HOLD = "hold"
     """Say how it ended; if it has not, take no commit until this is settled."""
     ABORT = "abort"
-    """No host that could be reached has committed: abort."""
+    """No host has committed: abort."""

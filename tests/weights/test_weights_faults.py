@@ -6,10 +6,10 @@ import pytest
 from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, MemoryFleet, learner_state
 from torch import Tensor
 
-from weights.errors import CommitIncomplete, UpdateAborted
+from weights.errors import CommitIncomplete, TransportError, UpdateAborted
 from weights.gather import SegmentPool, gather
-from weights.messages import KINDS, Request
-from weights.state import State
+from weights.messages import KINDS, Ask, Request
+from weights.state import Intent, Outcome, State
 from weights.transports.faults import CONNECTION_FAULTS, OFFER_FAULTS, SEGMENT_FAULTS, Fault, FaultKind
 from weights.version import WeightVersion
 
@@ -199,12 +199,23 @@ def test_when_no_host_can_pause_the_update_is_off_everywhere() -> None:
 
 
 def test_a_host_that_could_not_pause_follows_the_one_that_committed() -> None:
-    fleet, _ = fleet_at_old()
-    fleet.hosts["b"].serving.busy = True
+    fleet, old = fleet_at_old()
+    fleet.hosts["b"].serving.misses = 3  # the learner's commit, and the host's own first tries
     with pytest.raises(CommitIncomplete) as caught:
         fleet.publisher.publish(NEW, 2)
     assert list(caught.value.unknown) == ["b"]
-    assert fleet.hosts["b"].holds(OLD)  # its connection ended, it asked, it tried again, and is whole
+    new = version_of(fleet, 2, NEW)
+    assert [content_of(host, old, new) for host in fleet.hosts.values()] == ["new", "new"]
+
+
+def test_a_host_that_never_can_pause_is_silent_beside_the_one_that_committed() -> None:
+    fleet, old = fleet_at_old()
+    fleet.hosts["b"].serving.busy = True
+    with pytest.raises(CommitIncomplete):
+        fleet.publisher.publish(NEW, 2)
+    new = version_of(fleet, 2, NEW)
+    assert [content_of(host, old, new) for host in fleet.hosts.values()] == ["new", "torn"]
+    assert fleet.hosts["b"].holds(OLD)  # nothing was written
     fleet.hosts["b"].serving.busy = False
     assert fleet.publisher.publish(NEW, 2).version == fleet.hosts["b"].serving.serves
 
@@ -243,18 +254,96 @@ def test_a_learner_that_dies_while_it_commits_leaves_the_new_version_everywhere(
     assert {host for host, _ in fleet.transport.settlements} == {host for host in fleet.hosts if host >= before}
 
 
-def test_a_sibling_that_cannot_be_reached_is_named_when_a_host_settles_alone() -> None:
+QUESTIONS = [
+    # hosts, whose Commit the learner dies before, the host that is asked, and the how manieth question to it
+    *[(2, "a", "b", 1), (2, "a", "b", 2), (2, "b", "a", 1)],
+    *[(3, "a", "b", 1), (3, "a", "b", 2), (3, "a", "c", 1), (3, "a", "c", 2)],
+    *[(3, "b", "a", 1), (3, "b", "a", 2), (3, "b", "b", 1), (3, "b", "c", 1)],
+    *[(3, "c", "a", 1), (3, "c", "b", 1)],
+]
+
+
+@pytest.mark.parametrize("kind", sorted(CONNECTION_FAULTS))
+@pytest.mark.parametrize("reply", [False, True])
+@pytest.mark.parametrize(("hosts", "before", "asked", "occurrence"), QUESTIONS)
+def test_a_question_that_is_lost_between_siblings_never_splits_the_fleet(
+    hosts: int, before: str, asked: str, occurrence: int, reply: bool, kind: FaultKind
+) -> None:
+    fleet = MemoryFleet(hosts)
+    old = fleet.publisher.publish(OLD, 1).version
+    fleet.transport.inject(Fault(kind=kind, host=asked, message="Ask", occurrence=occurrence, reply=reply))
+    die(fleet, "Commit", before, silent=False)
+    assert fleet.transport.armed == []  # the fault struck
+    new = version_of(fleet, 2, NEW)
+    contents = {host: content_of(each, old, new) for host, each in fleet.hosts.items()}
+    assert set(contents.values()) == {"old" if before == "a" else "new"}  # it was asked again
+    heals(fleet)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize(
+    ("hosts", "before", "unreachable"),
+    [(len(hosts), before, unreachable) for hosts in ("ab", "abc") for before in hosts for unreachable in hosts],
+)
+def test_hosts_that_cannot_reach_a_living_sibling_agree_with_it_or_are_silent(
+    hosts: int, before: str, unreachable: str, silent: bool
+) -> None:
+    fleet = MemoryFleet(hosts)
+    old = fleet.publisher.publish(OLD, 1).version
+    fleet.transport.unreachable.add(unreachable)
+    die(fleet, "Commit", before, silent)
+    new = version_of(fleet, 2, NEW)
+    contents = {host: content_of(each, old, new) for host, each in fleet.hosts.items()}
+    assert len({*contents.values()} - {"torn"}) <= 1, contents
+    assert "staged" not in {host.receiver.state for host in fleet.hosts.values()}
+    fleet.transport.unreachable.clear()
+    heals(fleet)
+
+
+def test_a_host_that_cannot_reach_the_one_that_committed_says_that_it_is_undecided() -> None:
     fleet, old = fleet_at_old()
-    fleet.transport.inject(Fault(kind=FaultKind.DROP, host="b", message="Ask"))
-    fleet.transport.inject(Fault(kind=FaultKind.DROP, host="a", message="Ask"))
-    die(fleet, "Commit", "a", silent=True)
-    assert {host.serving.serves for host in fleet.hosts.values()} == {old}
-    assert "b not reached: b did not answer" in dict(fleet.transport.settlements)["a"].reason
+    fleet.transport.unreachable.add("a")
+    die(fleet, "Commit", "b", silent=False)
+    new = version_of(fleet, 2, NEW)
+    assert [content_of(host, old, new) for host in fleet.hosts.values()] == ["new", "torn"]
+    settlement = dict(fleet.transport.settlements)["b"]
+    assert settlement.outcome is Outcome.UNDECIDED
+    assert "a not reached: a did not answer" in settlement.reason
+    assert fleet.hosts["b"].serving.torn_because == settlement.reason
 
 
-def die(fleet: MemoryFleet, before: str, host: str, silent: bool) -> None:
-    """Publishes NEW, ends the learner as it is about to send its first message of kind `before` to `host`, and lets
-    the hosts act.
+def test_a_sibling_whose_process_ended_cannot_be_serving_what_it_committed() -> None:
+    fleet, old = fleet_at_old()
+    die(fleet, "Commit", "b", silent=False, ends="a")
+    new = version_of(fleet, 2, NEW)
+    assert content_of(fleet.hosts["a"], old, new) == "new"  # it had, before it ended
+    assert content_of(fleet.hosts["b"], old, new) == "old"
+    assert "a is gone" in dict(fleet.transport.settlements)["b"].reason
+
+
+def test_a_damaged_question_leaves_the_publisher_s_connection_alone() -> None:
+    fleet, old = fleet_at_old()
+    fleet.transport.inject(Fault(kind=FaultKind.CORRUPT, host="a", message="Ask"))
+    question = Ask(sequence=1, update="none", asker="b", intent=Intent.HOLD)
+    with pytest.raises(TransportError, match="a closed the connection"):
+        fleet.transport.siblings("b")[0].ask(question)
+    assert fleet.transport.siblings("b")[0].ask(question).outcome is Outcome.UNKNOWN
+    assert fleet.publisher.publish(NEW, 2).version != old
+    assert fleet.transport.settlements == []
+
+
+def heals(fleet: MemoryFleet) -> None:
+    """The next good publish reaches every host, whatever the last one left."""
+    report = fleet.publisher.publish(NEXT, 3)
+    assert set(report.hosts) == set(fleet.transport.hosts())
+    for host in report.hosts:
+        assert fleet.hosts[host].holds(NEXT)
+        assert fleet.hosts[host].serving.serves == fleet.hosts[host].receiver.version == report.version
+
+
+def die(fleet: MemoryFleet, before: str, host: str, silent: bool, *, ends: str | None = None) -> None:
+    """Publishes NEW, ends the learner as it is about to send its first message of kind `before` to `host` (and with
+    it the process of the host `ends`), and lets the hosts act.
     """
     carry = fleet.transport.carry
     dead = False
@@ -270,6 +359,8 @@ def die(fleet: MemoryFleet, before: str, host: str, silent: bool) -> None:
     with pytest.raises(SystemExit):
         fleet.publisher.publish(NEW, 2)
     fleet.transport.carry = carry  # type: ignore[method-assign]
+    if ends is not None:
+        fleet.transport.end(ends)
     if silent:
         fleet.transport.fall_silent()
     else:

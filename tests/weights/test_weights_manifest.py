@@ -150,6 +150,7 @@ def test_every_error_survives_pickling() -> None:
         errors.RosterError("r"),
         errors.FolderError("f"),
         errors.TransportError("t"),
+        errors.PeerGone("p"),
         errors.DeadlineExceeded("d"),
         errors.UpdateAborted("aborted", {"b": "why"}),
         errors.CommitIncomplete("incomplete", ("a",), {"b": "torn"}, {"c": "unknown"}),

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weights.codec import HEADER_BYTES, MAX_BODY_BYTES, body_bytes, decode, decode_body, encode
 from weights.digest import Digest
 from weights.errors import MessageError
 from weights.manifest import Manifest, TensorEntry
 from weights.messages import (
-    HEADER_BYTES,
     KINDS,
-    MAX_BODY_BYTES,
+    PROTOCOL,
     Abort,
     Aborted,
     Answer,
@@ -31,10 +31,6 @@ from weights.messages import (
     Vote,
     Voted,
     Welcome,
-    body_bytes,
-    decode,
-    decode_body,
-    encode,
 )
 from weights.state import Intent, Outcome, State
 from weights.version import WeightVersion
@@ -48,7 +44,7 @@ MANIFEST = Manifest(
     )
 )
 EVERY_MESSAGE: tuple[Message, ...] = (
-    Hello(sequence=1, protocol=1, publisher="learner"),
+    Hello(sequence=1, protocol=PROTOCOL, publisher="learner"),
     Offer(sequence=2, update="u", run="r", step=3, base=None, bucket_bytes=4096, manifest=MANIFEST),
     Offer(sequence=2, update="u", run="r", step=3, base=D, bucket_bytes=4096, manifest=Manifest(())),
     Stage(sequence=3, update="u", bucket=0),
@@ -56,8 +52,8 @@ EVERY_MESSAGE: tuple[Message, ...] = (
     Commit(sequence=5, update="u"),
     Abort(sequence=6, update="u", reason="because"),
     Ask(sequence=7, update="u", asker="a", intent=Intent.HOLD),
-    Welcome(sequence=1, protocol=1, host="a", state=State.IDLE, version=V, layout="x", tied={"b": "c"}),
-    Welcome(sequence=1, protocol=1, host="a", state=State.TORN, version=None, layout="x", tied={}),
+    Welcome(sequence=1, protocol=PROTOCOL, host="a", state=State.IDLE, version=V, layout="x", tied={"b": "c"}),
+    Welcome(sequence=1, protocol=PROTOCOL, host="a", state=State.TORN, version=None, layout="x", tied={}),
     Offered(sequence=2, update="u", buckets=3),
     Staged(sequence=3, update="u", bucket=0),
     Voted(sequence=4, update="u", digest=D),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from weights.digest import ZERO, Digest, tensor_digest
 from weights.errors import UpdateAborted
 from weights.gather import SegmentPool, gather
-from weights.naming import to_wire
+from weights.naming import HostedLayout, Whole, to_wire
 from weights.publisher import Publisher
 from weights.state import State
 from weights.transports.faults import Fault, FaultKind
@@ -236,3 +236,17 @@ def test_a_connected_fleet_turns_a_second_publisher_away() -> None:
     with pytest.raises(UpdateAborted, match="has a publisher already") as caught:
         Publisher(fleet.transport, deadline_s=5.0, bucket_bytes=BUCKET_BYTES).publish(STATE, 2)
     assert set(caught.value.hosts) == {"a", "b"}
+
+
+def test_hosts_that_host_different_tensors_are_named_before_anything_is_offered() -> None:
+    clock = SimulatedClock()
+    hosts = {name: FakeHost(name, clock=clock) for name in "abc"}
+    hosts["b"].receiver.layout = HostedLayout(
+        [Whole(parameter="norm", name="model.norm.weight")], {"norm": torch.zeros(3)}
+    )
+    transport = MemoryTransport({name: host.receiver for name, host in hosts.items()}, clock, silence_s=30.0)
+    publisher = Publisher(transport, run="run", deadline_s=5.0, bucket_bytes=BUCKET_BYTES, clock=clock)
+    with pytest.raises(UpdateAborted, match=r"b: hosts other tensors .* than a, c") as caught:
+        publisher.publish(STATE, 1)
+    assert list(caught.value.hosts) == ["b"]
+    assert {host.receiver.state for host in hosts.values()} == {State.IDLE}

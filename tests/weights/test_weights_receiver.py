@@ -8,9 +8,10 @@ import torch
 from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, FakeServing, layout, learner_state, storage
 
 from weights.digest import Digest
-from weights.errors import TransportError
+from weights.errors import DeadlineExceeded, PeerGone, RosterError
 from weights.gather import Gathered, SegmentPool, gather
 from weights.messages import (
+    PROTOCOL,
     Abort,
     Aborted,
     Answer,
@@ -111,8 +112,8 @@ class Driver:
 
 
 REQUESTS: dict[str, Callable[[Driver], Reply]] = {
-    "hello": lambda d: d.say(Hello(sequence=1, protocol=1, publisher="p")),
-    "other protocol": lambda d: d.say(Hello(sequence=1, protocol=2, publisher="p")),
+    "hello": lambda d: d.say(Hello(sequence=1, protocol=PROTOCOL, publisher="p")),
+    "other protocol": lambda d: d.say(Hello(sequence=1, protocol=PROTOCOL + 1, publisher="p")),
     "offer": lambda d: d.offer(),
     "other offer": lambda d: d.offer("v", step=2),
     "stage": lambda d: d.stage(0),
@@ -393,66 +394,181 @@ def test_a_lost_publisher_ends_an_update_without_a_vote_and_leaves_one_with_it()
     assert driver.host.receiver.state is State.STAGED
 
 
-class OneAnswer:
-    """A sibling that gives one answer, or cannot be reached."""
+GONE, SILENT = "gone", "silent"
 
-    def __init__(self, host: str, outcome: Outcome | None) -> None:
+
+class OneAnswer:
+    """A sibling that gives one answer, or is gone, or cannot be reached."""
+
+    def __init__(self, host: str, outcome: Outcome | str) -> None:
         self.host = host
         self.outcome = outcome
         self.heard: list[Intent] = []
 
     def ask(self, question: Ask) -> Answer:
         self.heard.append(question.intent)
-        if self.outcome is None:
-            raise TransportError(f"cannot connect to {self.host}")
-        return Answer(sequence=1, update=question.update, host=self.host, outcome=self.outcome)
+        if self.outcome == GONE:
+            raise PeerGone(f"cannot connect to {self.host}")
+        if self.outcome == SILENT:
+            raise DeadlineExceeded(f"{self.host} did not answer")
+        return Answer(sequence=1, update=question.update, host=self.host, outcome=Outcome(self.outcome))
 
 
 @pytest.mark.parametrize(
     ("answers", "settled"),
     [
         ([], Outcome.ABORTED),
-        ([None], Outcome.ABORTED),
+        ([GONE], Outcome.ABORTED),
         ([Outcome.VOTED, Outcome.VOTED], Outcome.ABORTED),
         ([Outcome.ABORTED, Outcome.VOTED], Outcome.ABORTED),
+        ([Outcome.ABORTED, SILENT], Outcome.ABORTED),
         ([Outcome.UNKNOWN], Outcome.ABORTED),
+        ([Outcome.UNDECIDED], Outcome.ABORTED),
+        ([Outcome.VOTED, GONE], Outcome.ABORTED),
         ([Outcome.COMMITTED], Outcome.COMMITTED),
         ([Outcome.VOTED, Outcome.COMMITTED], Outcome.COMMITTED),
-        ([None, Outcome.TORN], Outcome.COMMITTED),
+        ([SILENT, Outcome.TORN], Outcome.COMMITTED),
+        ([GONE, SILENT, Outcome.COMMITTED], Outcome.COMMITTED),
+        ([SILENT], Outcome.UNDECIDED),
+        ([SILENT, Outcome.VOTED, GONE], Outcome.UNDECIDED),
+        ([SILENT, Outcome.UNKNOWN], Outcome.UNDECIDED),
+        ([SILENT, Outcome.UNDECIDED], Outcome.UNDECIDED),
     ],
 )
-def test_a_host_that_voted_and_lost_its_publisher_follows_its_siblings(
-    answers: list[Outcome | None], settled: Outcome
+def test_a_host_that_voted_and_lost_its_publisher_ends_as_its_siblings_did_or_is_silent(
+    answers: list[Outcome | str], settled: Outcome
 ) -> None:
     driver = Driver().reach("staged")
     siblings = [OneAnswer(f"s{i}", outcome) for i, outcome in enumerate(answers)]
+    settlement = driver.host.receiver.settle(lambda: siblings)
+    assert settlement is not None
+    assert settlement.outcome is settled
+    new = WeightVersion(run="run", step=1, digest=driver.gathered.manifest.digest)
+    expected = {
+        Outcome.COMMITTED: (State.IDLE, new),
+        Outcome.ABORTED: (State.IDLE, driver.host.initial),
+        Outcome.UNDECIDED: (State.TORN, None),
+    }
+    assert (driver.host.receiver.state, driver.host.serving.serves) == expected[settled]
+    assert driver.host.receiver.version == driver.host.serving.serves
+    assert driver.host.holds(learner_state(1)) == (settled is Outcome.COMMITTED)
+    if settled is Outcome.COMMITTED:
+        assert all(sibling.heard == [Intent.HOLD] for sibling in siblings)
+    else:
+        assert isinstance(driver.commit(), Refused)  # too late, for ever
+        assert all(sibling.host in settlement.reason for sibling in siblings)
+    if settled is Outcome.ABORTED:
+        assert all(sibling.heard == [Intent.HOLD, Intent.ABORT] for sibling in siblings)
+    if settled is Outcome.UNDECIDED:
+        assert all({*sibling.heard} == {Intent.HOLD} for sibling in siblings)  # nobody is told what it does not know
+        assert siblings[0].heard.count(Intent.HOLD) > 10  # it was asked until the deadline
+        assert driver.host.serving.torn_because == settlement.reason
+        assert driver.ask(Intent.HOLD) is Outcome.UNDECIDED
+
+
+def test_an_undecided_host_is_healed_by_a_complete_commit() -> None:
+    driver = Driver().reach("staged")
+    driver.host.receiver.settle(lambda: [OneAnswer("b", SILENT)])
+    assert driver.host.serving.serves is None
+    driver.offer("v", step=1)
+    driver.stage_all("v")
+    driver.vote("v")
+    assert isinstance(driver.commit("v"), Committed)
+    assert driver.host.serving.serves == driver.host.receiver.version is not None
+    assert driver.host.holds(learner_state(1))
+
+
+@pytest.mark.parametrize(
+    ("later", "settled"), [(Outcome.COMMITTED, Outcome.COMMITTED), (Outcome.VOTED, Outcome.ABORTED)]
+)
+def test_a_sibling_that_answers_at_last_decides(later: Outcome, settled: Outcome) -> None:
+    driver = Driver().reach("staged")
+    late = OneAnswer("b", SILENT)
+
+    def siblings() -> list[OneAnswer]:
+        late.outcome = later if len(late.heard) >= 3 else SILENT
+        return [late]
+
     settlement = driver.host.receiver.settle(siblings)
     assert settlement is not None
     assert settlement.outcome is settled
-    assert driver.host.receiver.state is State.IDLE
-    committed = settled is Outcome.COMMITTED
-    assert driver.host.holds(learner_state(1)) == committed
-    assert (driver.host.serving.serves != driver.host.initial) == committed
-    if not committed:
-        assert isinstance(driver.commit(), Refused)  # too late, for ever
-        assert all(sibling.heard[1:] == [Intent.ABORT] for sibling in siblings if sibling.outcome is not None)
-    else:
-        assert all(sibling.heard == [Intent.HOLD] for sibling in siblings)
-    assert all(sibling.host in settlement.reason for sibling in siblings if sibling.outcome is None and not committed)
 
 
-def test_a_host_that_must_follow_and_cannot_pause_keeps_the_old_version_whole() -> None:
+def test_a_silent_sibling_that_leaves_the_roster_cannot_be_serving() -> None:
     driver = Driver().reach("staged")
-    driver.host.serving.busy = True
-    settlement = driver.host.receiver.settle([OneAnswer("b", Outcome.COMMITTED)])
+    rosters = iter([[OneAnswer("b", SILENT)], [OneAnswer("b", SILENT)], [], []])
+    settlement = driver.host.receiver.settle(lambda: next(rosters))
     assert settlement is not None
     assert settlement.outcome is Outcome.ABORTED
-    assert "could not pause" in settlement.reason
-    assert (driver.host.receiver.state, driver.host.serving.serves) == (State.IDLE, driver.host.initial)
+    assert driver.host.serving.serves == driver.host.initial
+
+
+def test_a_host_that_cannot_know_its_siblings_serves_nothing() -> None:
+    driver = Driver().reach("staged")
+
+    def siblings() -> list[OneAnswer]:
+        raise RosterError("no fleet 'f'")
+
+    settlement = driver.host.receiver.settle(siblings)
+    assert settlement is not None
+    assert settlement.outcome is Outcome.UNDECIDED
+    assert "the roster not reached: no fleet 'f'" in settlement.reason
+    assert driver.host.serving.serves is None
+
+
+@pytest.mark.parametrize(
+    ("told", "settled"), [(Outcome.COMMITTED, Outcome.COMMITTED), (SILENT, Outcome.UNDECIDED), (GONE, Outcome.ABORTED)]
+)
+def test_a_sibling_that_held_may_have_followed_one_that_is_gone_now(told: Outcome | str, settled: Outcome) -> None:
+    driver = Driver().reach("staged")
+
+    class Followed(OneAnswer):
+        def ask(self, question: Ask) -> Answer:
+            self.outcome = Outcome.VOTED if question.intent is Intent.HOLD else told
+            return super().ask(question)
+
+    settlement = driver.host.receiver.settle(lambda: [Followed("b", Outcome.VOTED), OneAnswer("c", GONE)])
+    assert settlement is not None
+    assert settlement.outcome is settled
+
+
+def test_a_host_that_must_follow_tries_to_pause_again() -> None:
+    driver = Driver().reach("staged")
+    driver.host.serving.misses = 3
+    settlement = driver.host.receiver.settle(lambda: [OneAnswer("b", Outcome.COMMITTED)])
+    assert settlement is not None
+    assert settlement.outcome is Outcome.COMMITTED
+    assert driver.host.holds(learner_state(1))
+
+
+def test_a_host_that_must_follow_and_cannot_pause_stops_serving() -> None:
+    driver = Driver().reach("staged")
+    driver.host.serving.busy = True
+    settlement = driver.host.receiver.settle(lambda: [OneAnswer("b", Outcome.COMMITTED)])
+    assert settlement is not None
+    assert settlement.outcome is Outcome.TORN
+    assert "b took the commit; could not pause" in settlement.reason
+    assert (driver.host.receiver.state, driver.host.serving.serves) == (State.TORN, None)
+    assert driver.host.serving.torn_because == settlement.reason
+    assert driver.ask(Intent.HOLD) is Outcome.TORN
+
+
+def test_an_abort_that_comes_while_siblings_are_asked_ends_it() -> None:
+    driver = Driver().reach("staged")
+
+    class Quicker(OneAnswer):
+        def ask(self, question: Ask) -> Answer:
+            assert driver.ask(Intent.ABORT) is Outcome.ABORTED
+            return super().ask(question)
+
+    settlement = driver.host.receiver.settle(lambda: [Quicker("b", Outcome.ABORTED)])
+    assert settlement is not None
+    assert settlement.outcome is Outcome.ABORTED
+    assert driver.host.serving.serves == driver.host.initial
 
 
 def test_settling_without_an_update_does_nothing() -> None:
-    assert Driver().host.receiver.settle([OneAnswer("b", Outcome.COMMITTED)]) is None
+    assert Driver().host.receiver.settle(lambda: [OneAnswer("b", Outcome.COMMITTED)]) is None
 
 
 def test_a_commit_that_comes_while_siblings_are_asked_is_refused() -> None:
@@ -464,7 +580,7 @@ def test_a_commit_that_comes_while_siblings_are_asked_is_refused() -> None:
             replies.append(driver.commit())
             return super().ask(question)
 
-    driver.host.receiver.settle([Late("b", Outcome.VOTED)])
+    driver.host.receiver.settle(lambda: [Late("b", Outcome.VOTED)])
     assert {type(reply) for reply in replies} == {Refused}
     assert driver.host.serving.serves == driver.host.initial
 

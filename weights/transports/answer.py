@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from weights.codec import decode, encode
 from weights.errors import MessageError
-from weights.messages import Refused, Reply, Request, decode, encode
+from weights.messages import Refused, Reply, Request
 from weights.receiver import Receiver
 
 

@@ -57,10 +57,9 @@ OFFER_FAULTS = frozenset(FaultKind) - CONNECTION_FAULTS - SEGMENT_FAULTS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One fault:
+    """What befalls the n-th request of a kind to one host, or the reply to it.
 
-    the n-th request of a kind to one host, or the reply to it. ValueError for a kind of message that it cannot
-    befall.
+    ValueError for a kind of message that it cannot befall.
     """
 
     kind: FaultKind

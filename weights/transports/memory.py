@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from weights.errors import DeadlineExceeded, MessageError, TransportError
-from weights.messages import Answer, Ask, Reply, Request, encode
+from weights.codec import encode
+from weights.errors import DeadlineExceeded, MessageError, PeerGone, TransportError
+from weights.messages import Answer, Ask, Reply, Request
 from weights.receiver import Receiver
 from weights.settlement import Settlement
 from weights.transports.answer import answer, read_reply
@@ -56,6 +57,9 @@ class MemoryTransport:
         self._deadline_s = deadline_s
         self._wires = {host: _Wire(receiver) for host, receiver in receivers.items()}
         self._links: dict[str, MemoryLink] = {}
+        self.unreachable: set[str] = set()
+        """Hosts that live and serve, and that no sibling's question reaches."""
+        self._gone: set[str] = set()
 
     def inject(self, fault: Fault) -> None:
         """Arms a fault; it strikes once."""
@@ -69,7 +73,7 @@ class MemoryTransport:
         return [fault for wire in self._wires.values() for fault in wire.faults]
 
     def hosts(self) -> tuple[str, ...]:
-        return tuple(self._wires)
+        return tuple(host for host in self._wires if host not in self._gone)
 
     def connect(self, host: str, deadline_s: float) -> "MemoryLink":
         if host in self._links:
@@ -81,12 +85,13 @@ class MemoryTransport:
         return MemorySegment(size)
 
     def siblings(self, host: str) -> "tuple[MemorySibling, ...]":
+        """The others in the roster; a host that ended is in it still."""
         return tuple(MemorySibling(self, other, self._deadline_s) for other in self._wires if other != host)
 
     def fall_silent(self) -> None:
         """Time passes until every host has heard nothing for too long; each settles."""
         self.clock.advance(self._silence_s)
-        for host in self._wires:
+        for host in self.hosts():
             self.settle(host)
 
     def lose_publisher(self) -> None:
@@ -94,8 +99,13 @@ class MemoryTransport:
         for link in list(self._links.values()):
             link.close()
 
+    def end(self, host: str) -> None:
+        """A host's process ends: it serves nothing, settles nothing, and is known to be gone."""
+        self._gone.add(host)
+        self._links.pop(host, None)
+
     def settle(self, host: str) -> None:
-        settlement = self._wires[host].receiver.settle(self.siblings(host))
+        settlement = self._wires[host].receiver.settle(lambda: self.siblings(host))
         if settlement is not None:
             self.settlements.append((host, settlement))
 
@@ -131,6 +141,30 @@ class MemoryTransport:
         late, wire.late_replies = wire.late_replies, []
         returning = [arrival for reply in replies for arrival in befall(fault, (reply, None), wire.late_replies)]
         return [frame for frame, _ in [*returning, *late]]
+
+    def ask(self, host: str, question: Ask) -> list[bytes]:
+        """Brings a sibling's question to a host and the answer back, faults permitting.
+
+        Each question is a connection of its own: nothing that happens to it touches the publisher's, and an answer
+        that comes late finds nobody. TransportError if the connection ends, PeerGone if the host has.
+        """
+        if host in self._gone:
+            raise PeerGone(f"cannot connect to {host}: its process has ended")
+        if host in self.unreachable:
+            return []
+        wire = self._wires[host]
+        fault = wire.strike("Ask")
+        if fault is FaultKind.DISCONNECT:
+            raise TransportError(f"{host} closed the connection")
+        late, wire.late_questions = wire.late_questions, []
+        arriving = befall(fault, (encode(question), None), wire.late_questions)
+        answers = [answer(wire.receiver, frame, None) for frame, _ in arriving]
+        for frame, _ in late:
+            answer(wire.receiver, frame, None)
+        fault = wire.strike("Ask", reply=True)
+        if fault is FaultKind.DISCONNECT or not all(understood for _, understood in answers):
+            raise TransportError(f"{host} closed the connection")
+        return [frame for reply, _ in answers for frame, _ in befall(fault, (reply, None), [])]
 
     def connected(self, link: "MemoryLink") -> bool:
         return self._links.get(link.host) is link
@@ -177,7 +211,7 @@ class MemorySibling:
         self._deadline_s = deadline_s
 
     def ask(self, question: Ask) -> Answer:
-        for frame in self._transport.carry(self.host, question, None):
+        for frame in self._transport.ask(self.host, question):
             reply = read_reply(frame)
             if isinstance(reply, Answer):
                 return reply
@@ -194,6 +228,7 @@ class _Wire:
         self.seen: Counter[str] = Counter()
         self.late_requests: list[Arrival] = []
         self.late_replies: list[Arrival] = []
+        self.late_questions: list[Arrival] = []
 
     def strike(self, message: str, *, reply: bool = False) -> FaultKind | None:
         """The fault that befalls this request, or the reply to it."""

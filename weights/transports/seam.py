@@ -5,17 +5,14 @@ Payload: flat segments of bytes that the publisher fills and the hosts map.
 
 The contract of every fill:
 
-- A request is delivered to its host at most once per `send`, whole, or the link ends. Replies may come late:
-`receive` skips those of
-  earlier requests, by their sequence.
+- A request is delivered to its host at most once per `send`, whole, or the link ends. Replies may come late: `receive`
+  skips those of earlier requests, by their sequence.
 - A segment's bytes reach the host as they are when `Stage` is sent, and stay readable there until the host lets go of
-them, whatever
-  happens to the publisher ("staged" means: outlives the learner).
-- The publisher writes into a segment again only when every host has let go of it: it answered Committed or Aborted,
-or refused and is
-  known to hold nothing. Where it cannot know, it takes a new segment.
+  them, whatever happens to the publisher ("staged" means that they outlive the learner).
+- The publisher writes into a segment again only when every host has let go of it: it answered Committed or Aborted, or
+  refused and is known to hold nothing. Where the publisher cannot know, it takes a new segment.
 - When a link ends, the host notices at once (`Receiver.lost`) or at its deadline (`Receiver.silence_left_s`), and
-settles.
+  settles.
 """
 
 from typing import Protocol

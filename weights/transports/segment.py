@@ -1,7 +1,6 @@
-"""Segments of shared memory without a name.
+"""Segments of shared memory without a name: a memfd, whose descriptor travels to the hosts.
 
-A memfd, whose descriptor travels to the hosts. When the last process that holds one dies,
-however it dies, the memory is gone: nothing is left to clean up.
+When the last process that holds one dies, however it dies, the memory is gone: nothing is left to clean up.
 """
 
 import fcntl
@@ -18,9 +17,9 @@ _MAP_NORESERVE = 0x4000  # <asm-generic/mman.h>; the mmap module names it from P
 
 
 class SharedSegment:
-    """The publisher's end:
+    """The publisher's end, which is writable.
 
-    writable, of a size that nobody can change any more, so that no host is ever killed by a read past its end.
+    Nobody can change its size any more, so that no host is ever killed by a read past its end.
     """
 
     def __init__(self, size: int) -> None:
@@ -36,9 +35,9 @@ class SharedSegment:
 
 
 def map_segment(descriptor: int) -> Tensor:
-    """The host's end:
+    """The host's end: the segment's bytes, flat uint8.
 
-    the segment's bytes, flat uint8. Takes the descriptor over. MessageError if it is no sealed segment.
+    Takes the descriptor over. MessageError if it is no sealed segment.
     """
     try:
         try:

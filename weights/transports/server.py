@@ -4,23 +4,28 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable
+import time
 from contextlib import closing
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
-from weights.errors import MessageError, TransportError, WeightsError
-from weights.messages import Ask, Hello, Refused, Reply, Request, encode
+from weights.codec import encode
+from weights.errors import DeadlineExceeded, MessageError, TransportError
+from weights.messages import Ask, Hello, Refused, Reply, Request
 from weights.receiver import Receiver
-from weights.serving import Sibling
+from weights.settlement import Siblings
 from weights.transports.answer import read_request, unreadable
 from weights.transports.segment import map_segment
 from weights.transports.stream import FrameStream
 
 _LOG = logging.getLogger(__name__)
 _BACKLOG = 64
+CLOSING_S = 60.0
+"""How long a server that closes waits for what its connections were doing."""
+ACCEPT_AGAIN_S = 0.1
+"""Before the next try, when the machine had no room for a connection."""
 
 
 class HostServer:
@@ -30,7 +35,7 @@ class HostServer:
         self,
         receiver: Receiver,
         path: str,
-        siblings: Callable[[], Iterable[Sibling]],
+        siblings: Siblings,
         *,
         deadline_s: float,
         takeover_s: float = 1.0,
@@ -39,7 +44,8 @@ class HostServer:
         asked for when needed.
 
         deadline_s: how long a peer may take over one frame. takeover_s: how long a second publisher waits for the
-        first one's connection to end. TransportError if a living host listens on the path.
+        first one's connection to end; longer, up to deadline_s, if that one is gone and its update is still being
+        forgotten or settled. TransportError if a living host listens on the path.
         """
         self._receiver = receiver
         self._path = path
@@ -49,25 +55,39 @@ class HostServer:
         self._streams: set[FrameStream] = set()
         self._threads: set[threading.Thread] = set()
         self._publisher: str | None = None
+        self._talking: FrameStream | None = None
+        """The publisher's connection."""
         self._changed = threading.Condition()
         self._closing = False
         self._listener = _listen(path)
         self._accepting = threading.Thread(target=self._accept, name=f"weights of {receiver.host}", daemon=True)
         self._accepting.start()
 
-    def close(self) -> None:
-        """Ends all connections and waits for what they were doing: a commit under way is finished."""
+    def close(self, deadline_s: float = CLOSING_S) -> None:
+        """Ends all connections and waits for what they were doing: a commit under way is finished.
+
+        DeadlineExceeded, naming what goes on still, if that takes longer; the host cannot be reached then either.
+        """
+        ends_at = time.monotonic() + deadline_s
         with self._changed:
             self._closing = True
             for stream in self._streams:
                 stream.shut()
+            self._changed.notify_all()
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._accepting.join()
-        for thread in list(self._threads):
-            thread.join()
+        with self._changed:
+            busy = [self._accepting, *self._threads]
+        for thread in busy:
+            thread.join(max(ends_at - time.monotonic(), 0.0))
         self._listener.close()
         if os.path.exists(self._path):
             os.unlink(self._path)
+        late = [thread.name for thread in busy if thread.is_alive()]
+        if late:
+            raise DeadlineExceeded(
+                f"{self._receiver.host} (update: {self._receiver.state}) still runs, {deadline_s} s after its "
+                f"connections were ended: {', '.join(late)}"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -81,10 +101,15 @@ class HostServer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
+            except OSError as error:
                 if self._closing:
                     return
-                raise
+                # No descriptors or memory at the moment, or a peer that went before it was let in: none of it is a
+                # reason to be out of reach for good.
+                _LOG.warning("%s: cannot take a connection, and tries again: %s", self._receiver.host, error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, ACCEPT_AGAIN_S)
+                continue
             stream = FrameStream(connection, "the peer")
             thread = threading.Thread(
                 target=self._serve, args=(stream,), name=f"weights of {self._receiver.host}, a peer", daemon=True
@@ -111,7 +136,7 @@ class HostServer:
         try:
             request, _ = self._next(stream)
             if isinstance(request, Hello):
-                if not self._admit(request.publisher):
+                if not self._admit(request.publisher, stream):
                     self._reply(stream, self._turned_away(request))
                     return
                 try:
@@ -144,15 +169,10 @@ class HostServer:
             raise
         finally:
             if self._receiver.lost():
-                settlement = self._receiver.settle(self._known_siblings())
+                with self._changed:
+                    self._publisher = f"{self._publisher} (lost: its last update is being settled with the siblings)"
+                settlement = self._receiver.settle(self._siblings)
                 _LOG.warning("%s: %s", self._receiver.host, settlement)
-
-    def _known_siblings(self) -> tuple[Sibling, ...]:
-        try:
-            return tuple(self._siblings())
-        except WeightsError as error:
-            _LOG.warning("%s: settles alone, its siblings are not known: %s", self._receiver.host, error)
-            return ()
 
     def _next(self, stream: FrameStream) -> tuple[Request, Tensor | None]:
         frame, descriptor = stream.receive(self._deadline_s)
@@ -162,20 +182,22 @@ class HostServer:
     def _reply(self, stream: FrameStream, reply: Reply) -> None:
         stream.send(encode(reply), None, self._deadline_s)
 
-    def _admit(self, publisher: str) -> bool:
+    def _admit(self, publisher: str, stream: FrameStream) -> bool:
         """Takes the publisher's place.
 
         A learner that was restarted may come before its old connection's end is noticed.
         """
         with self._changed:
             free = self._changed.wait_for(lambda: self._publisher is None, self._takeover_s)
+            if not free and self._talking is not None and self._talking.ended():
+                free = self._changed.wait_for(lambda: self._publisher is None, self._deadline_s / 2)
             if free:
-                self._publisher = publisher
+                self._publisher, self._talking = publisher, stream
             return free
 
     def _dismiss(self) -> None:
         with self._changed:
-            self._publisher = None
+            self._publisher = self._talking = None
             self._changed.notify_all()
 
     def _turned_away(self, hello: Hello) -> Refused:

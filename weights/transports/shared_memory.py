@@ -4,12 +4,14 @@ The publisher's end, and a sibling's; `server.py` is the host's. A staged segmen
 hosts hold it too.
 """
 
+import errno
 import os
 import socket
 from contextlib import closing
 
-from weights.errors import DeadlineExceeded, MessageError, TransportError
-from weights.messages import Answer, Ask, Reply, Request, encode
+from weights.codec import encode
+from weights.errors import DeadlineExceeded, MessageError, PeerGone, TransportError
+from weights.messages import Answer, Ask, Reply, Request
 from weights.rendezvous import Roster, RosterHost
 from weights.transports.answer import read_reply
 from weights.transports.seam import Segment
@@ -34,6 +36,20 @@ class SharedMemoryTransport:
 
     def segment(self, size: int) -> SharedSegment:
         return SharedSegment(size)
+
+
+class OneHost(SharedMemoryTransport):
+    """The transport of a publisher that reaches one host only, in no roster yet: a sibling that was started again."""
+
+    def __init__(self, host: RosterHost) -> None:
+        self._host = host
+
+    def hosts(self) -> tuple[str, ...]:
+        return (self._host.id,)
+
+    def connect(self, host: str, deadline_s: float) -> "SocketLink":
+        assert host == self._host.id
+        return SocketLink(self._host, deadline_s)
 
 
 class SocketLink:
@@ -80,7 +96,10 @@ def siblings(fleet: str, host: str, deadline_s: float) -> tuple[SocketSibling, .
 
 
 def open_stream(host: RosterHost, deadline_s: float) -> FrameStream:
-    """Connects to a host. TransportError or DeadlineExceeded, naming it and its socket."""
+    """Connects to a host.
+
+    PeerGone if nobody listens there any more, else TransportError or DeadlineExceeded, naming it and its socket.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(deadline_s)
@@ -92,7 +111,11 @@ def open_stream(host: RosterHost, deadline_s: float) -> FrameStream:
         ) from error
     except OSError as error:
         connection.close()
-        raise TransportError(f"cannot connect to {host.id} on {host.address}: {error}; is the host running?") from error
+        # Refused by the kernel, or no socket: whoever listened has ended. A full backlog (EAGAIN) says nothing.
+        gone = error.errno in (errno.ECONNREFUSED, errno.ENOENT)
+        raise (PeerGone if gone else TransportError)(
+            f"cannot connect to {host.id} on {host.address}: {error}; is the host running?"
+        ) from error
     return FrameStream(connection, host.id)
 
 

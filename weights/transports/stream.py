@@ -7,8 +7,8 @@ import select
 import socket
 import time
 
+from weights.codec import HEADER_BYTES, body_bytes
 from weights.errors import DeadlineExceeded, MessageError, TransportError
-from weights.messages import HEADER_BYTES, body_bytes
 
 _MAX_DESCRIPTORS = 1
 
@@ -24,6 +24,12 @@ class FrameStream:
     def readable(self, within_s: float | None) -> bool:
         """Whether something, or the end, arrives within so many seconds; None waits until it does."""
         return self._ready(select.POLLIN, within_s)
+
+    def ended(self) -> bool:
+        """Whether the peer has closed its end, even if what it sent before is still to be read."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def send(self, frame: bytes, descriptor: int | None, deadline_s: float) -> None:
         """TransportError if the peer is gone; DeadlineExceeded if it does not take the frame, after which the stream
