@@ -3,7 +3,7 @@
 from routing.assignment import Assignment, Chosen
 from routing.gate import gate_logits
 from routing.kernel import kernel_chosen, kernel_route, kernel_route_from_scores
-from routing.permute import ExpertGroups, gather_tokens, group_by_expert, ungroup
+from routing.permute import ExpertGroups, gather_tokens, group_by_expert
 from routing.reduce_function import ReduceFunction, probe_digest, resolve, returns_weights
 from routing.reference import reference, reference_chosen, reference_from_scores
 from routing.route import route
@@ -37,5 +37,4 @@ __all__ = [
     "resolve",
     "returns_weights",
     "route",
-    "ungroup",
 ]

@@ -30,20 +30,3 @@ class Assignment:
         assert self.expert_ids_TK.dtype == torch.int32, self.expert_ids_TK.dtype
         assert self.expert_ids_TK.shape == self.weights_TK.shape, (self.expert_ids_TK.shape, self.weights_TK.shape)
         assert self.expert_ids_TK.device == self.weights_TK.device, (self.expert_ids_TK.device, self.weights_TK.device)
-
-    def check(self, num_experts: int) -> None:
-        """ValueError naming the tokens that have an id out of range or twice. Waits for the device."""
-        ids = self.expert_ids_TK
-        outside_T = ((ids < 0) | (ids >= num_experts)).any(dim=1)
-        ascending = ids.sort(dim=1).values
-        repeated_T = (ascending[:, 1:] == ascending[:, :-1]).any(dim=1)
-        faults = [
-            f"{what} in tokens {tokens.tolist()}"
-            for what, tokens in (
-                (f"ids outside 0..{num_experts - 1}", outside_T.nonzero().flatten()),
-                ("repeated ids", repeated_T.nonzero().flatten()),
-            )
-            if tokens.numel() > 0
-        ]
-        if faults:
-            raise ValueError(f"Assignment: {'; '.join(faults)}")

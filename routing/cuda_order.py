@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 WARP = 32
 SORT_WIRES = 32
 """torch.topk sorts up to 32 slots in a network of 32 wires; those past the last slot are invalid and end up last."""
+MAX_SUMMANDS = 64
+"""Beyond it PyTorch adds in another order."""
 _INVALID = -1
 
 
@@ -21,10 +23,11 @@ def next_power_of_2(n: int) -> int:
 def halving_sum(rows_TW: Tensor) -> Tensor:
     """[T, 1]: padded with zeros to a power of two P, then x[i] + x[i + P/2] until one is left.
 
-    For 8 elements ((0+4)+(2+6))+((1+5)+(3+7)).
-    Accumulators start at +0.0, so a sum of negative zeros is +0.0. Holds for up to 64 elements.
+    Eight elements are added as ((0+4)+(2+6))+((1+5)+(3+7)). Accumulators start at +0.0, so a sum of negative zeros is
+    +0.0.
     """
     W = rows_TW.shape[1]
+    assert W <= MAX_SUMMANDS, W
     x = pad(rows_TW + 0.0, (0, next_power_of_2(W) - W))
     while x.shape[1] > 1:
         half = x.shape[1] // 2
@@ -64,6 +67,7 @@ def topk_unsorted(rows_TW: Tensor, k: int) -> Tensor:
 def sort_slots(rows_TW: Tensor, slots_TK: Tensor) -> Tensor:
     """`slots_TK` descending by value, as an unstable bitonic network leaves them. +0.0 and -0.0 tie, and so do NaNs."""
     K = slots_TK.shape[1]
+    assert K <= SORT_WIRES, K
     if K == 1:
         return slots_TK
     values_TK = rows_TW.gather(1, slots_TK)

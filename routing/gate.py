@@ -17,10 +17,7 @@ def gate_logits(hidden_TD: Tensor, weight_ED: Tensor, gate: GateSpec) -> Tensor:
     hidden_TD, weight_ED = hidden_TD.to(gate.operand_dtype), weight_ED.to(gate.operand_dtype)
     if gate.output_dtype == gate.operand_dtype:
         return linear(hidden_TD, weight_ED)
-    if gate.output_dtype != gate.accumulate_dtype:
-        raise ValueError(
-            f"gate: {gate.operand_dtype} operands with {gate.output_dtype} output: no such product in PyTorch"
-        )
+    assert gate.output_dtype == gate.accumulate_dtype, gate  # GateSpec takes no other
     if hidden_TD.device.type == "cuda":
         return torch.mm(hidden_TD, weight_ED.t(), out_dtype=gate.output_dtype)
     # products of half-precision numbers are exact in fp32, so widening first is the same sum

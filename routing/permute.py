@@ -1,4 +1,4 @@
-"""Grouping tokens by expert, and back. T tokens, K slots of a token, E experts, N = T * K rows, D hidden."""
+"""Grouping tokens by expert. T tokens, K slots of a token, E experts, N = T * K rows, D hidden."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,6 @@ class ExpertGroups:
     """int64: the token of each row."""
     offsets_E1: Tensor
     """int32 [E + 1]: expert e's rows are offsets[e] to offsets[e + 1]."""
-    slots: int
-    """K"""
 
 
 def group_by_expert(expert_ids_TK: Tensor, num_experts: int) -> ExpertGroups:
@@ -30,16 +28,9 @@ def group_by_expert(expert_ids_TK: Tensor, num_experts: int) -> ExpertGroups:
     sorted_N, order_N = expert_ids_TK.reshape(-1).sort(stable=True)
     bounds_E1 = torch.arange(num_experts + 1, device=expert_ids_TK.device, dtype=sorted_N.dtype)
     offsets_E1 = torch.searchsorted(sorted_N, bounds_E1, out_int32=True)
-    return ExpertGroups(order_N=order_N, token_ids_N=order_N // K, offsets_E1=offsets_E1, slots=K)
+    return ExpertGroups(order_N=order_N, token_ids_N=order_N // K, offsets_E1=offsets_E1)
 
 
 def gather_tokens(hidden_TD: Tensor, groups: ExpertGroups) -> Tensor:
     """[N, D]: each token's row, once per slot, in grouped order."""
     return hidden_TD[groups.token_ids_N]
-
-
-def ungroup(rows_ND: Tensor, groups: ExpertGroups) -> Tensor:
-    """[T, K, D]: grouped rows back at their tokens and slots. Every place is written once."""
-    restored_ND = torch.empty_like(rows_ND)
-    restored_ND[groups.order_N] = rows_ND
-    return restored_ND.view(rows_ND.shape[0] // groups.slots, groups.slots, *rows_ND.shape[1:])

@@ -11,10 +11,8 @@ import torch
 from routing.plain import check_keys, digest_of, dtype_name, dtype_named, integer, real, truth
 from routing.terms import (
     GateSpec,
-    GroupScore,
     GroupSpec,
     Platform,
-    ReduceKind,
     ScoreFunction,
     SlotOrder,
     TopkReduce,
@@ -23,7 +21,7 @@ from routing.terms import (
 from routing.trainers import preset
 
 MAX_CUDA_TOP_K = 32
-"""Beyond it torch.topk sorts by another network."""
+"""Of experts, and of those that score their group: beyond it torch.topk sorts by another network."""
 MAX_CUDA_EXPERTS = 1024
 """Beyond it eager softmax runs another kernel, with another order of summation."""
 
@@ -95,6 +93,10 @@ class RouterSpec:
         faults = []
         if groups.top > size:
             faults.append(f"groups.top={groups.top} of a group of {size} experts")
+        if self.platform == "cuda" and groups.top > MAX_CUDA_TOP_K:
+            faults.append(
+                f"groups.top={groups.top}; PyTorch's order on CUDA is established for top <= {MAX_CUDA_TOP_K} only"
+            )
         if groups.kept * size < self.top_k:
             faults.append(f"{groups.kept} kept groups of {size} experts hold fewer than top_k={self.top_k}")
         return faults
@@ -179,15 +181,3 @@ READERS: Mapping[str, Callable[[str, object], object]] = {
     "gate": lambda _, value: GateSpec.from_plain(value),
     "platform": lambda _, value: value,
 }
-
-__all__ = [
-    "GateSpec",
-    "GroupScore",
-    "GroupSpec",
-    "Platform",
-    "ReduceKind",
-    "RouterSpec",
-    "ScoreFunction",
-    "SlotOrder",
-    "TopkReduce",
-]

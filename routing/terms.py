@@ -181,7 +181,7 @@ class GateSpec:
     """Both operands are converted to it first."""
     accumulate_dtype: torch.dtype = torch.float32
     output_dtype: torch.dtype = torch.float32
-    """The dtype of the logits."""
+    """The dtype of the logits: that of the operands, or that of the sum."""
     tf32: bool = False
     """Whether fp32 operands may be truncated to TF32 on the way into the tensor cores."""
 
@@ -191,6 +191,11 @@ class GateSpec:
             faults.append(f"accumulate_dtype={self.accumulate_dtype}; float32 or float64 expected")
         if (self.operand_dtype == torch.float64) != (self.accumulate_dtype == torch.float64):
             faults.append(f"{self.operand_dtype} operands do not accumulate in {self.accumulate_dtype}")
+        if self.output_dtype not in (self.operand_dtype, self.accumulate_dtype):
+            faults.append(
+                f"output_dtype={self.output_dtype}: PyTorch has no product of {self.operand_dtype} operands with it;"
+                f" {' or '.join(sorted({str(self.operand_dtype), str(self.accumulate_dtype)}))} expected"
+            )
         if self.tf32 and self.operand_dtype != torch.float32:
             faults.append(f"tf32 is a rounding of float32 operands; operand_dtype={self.operand_dtype}")
         if faults:

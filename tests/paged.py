@@ -22,10 +22,19 @@ class Forward:
 
 
 class Paged:
-    """Runs sequences over a cache that starts full of NaN, its blocks dealt out at random."""
+    """Runs sequences over a cache that starts full of NaN, its blocks dealt out at random; with a Decoder of its own
+    unless one is given."""
 
-    def __init__(self, model: HostedModel, sequences: list[list[int]], *, block_size: int, seed: int) -> None:
-        self._decoder = Decoder(model.spec, model.parameters)
+    def __init__(
+        self,
+        model: HostedModel,
+        sequences: list[list[int]],
+        *,
+        block_size: int,
+        seed: int,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self._decoder = Decoder(model.spec, model.parameters) if decoder is None else decoder
         self._sequences = sequences
         self._block_size = block_size
         counts = [-(-len(sequence) // block_size) for sequence in sequences]
@@ -105,10 +114,12 @@ def run_at_once(model: HostedModel, sequences: list[list[int]]) -> list[Forward]
     return paged.results()
 
 
-def run_in_chunks(model: HostedModel, sequences: list[list[int]], seed: int) -> list[Forward]:
+def run_in_chunks(
+    model: HostedModel, sequences: list[list[int]], seed: int, decoder: Decoder | None = None
+) -> list[Forward]:
     """Random sequences in every step, most of them with one token, some with more; random block size and tables."""
     dice = random.Random(seed)
-    paged = Paged(model, sequences, block_size=dice.randint(1, 5), seed=seed)
+    paged = Paged(model, sequences, block_size=dice.randint(1, 5), seed=seed, decoder=decoder)
     while unfinished := paged.unfinished:
         chosen = dice.sample(unfinished, dice.randint(1, len(unfinished)))
         left = {i: len(sequences[i]) - paged.done[i] for i in chosen}

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routing import GateSpec, GroupScore, GroupSpec, ReduceKind, RouterSpec, ScoreFunction, SlotOrder, TopkReduce
+from routing import (
+    Assignment,
+    GateSpec,
+    GroupScore,
+    GroupSpec,
+    ReduceKind,
+    RouterSpec,
+    ScoreFunction,
+    SlotOrder,
+    TopkReduce,
+)
 
 NONE, SUM = TopkReduce(kind=ReduceKind.NONE), TopkReduce(kind=ReduceKind.SUM)
 SUM_EPS = TopkReduce(kind=ReduceKind.SUM_EPS, eps=1e-20)
@@ -166,6 +176,12 @@ def operands(spec: RouterSpec, bias: str = "small") -> dict[str, Tensor]:
 
 def _largest(spec: RouterSpec) -> float:
     return 6e4 if spec.gate.output_dtype == torch.float16 else 1e30
+
+
+def has_distinct_ids(assignment: Assignment, num_experts: int) -> bool:
+    """Whether no token has an id out of range or twice."""
+    rows = assignment.expert_ids_TK.tolist()
+    return all(len(set(row)) == len(row) and set(row) <= set(range(num_experts)) for row in rows)
 
 
 def bits(x: Tensor) -> Tensor:

@@ -33,15 +33,24 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is no JSON object.
     """
-    config = _read_json(Path(folder) / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{Path(folder) / 'config.json'}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return read_json_object(Path(folder) / "config.json")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a file of the checkpoint, such as config.json.
+
+    Raises:
+        CheckpointError: there is no such file, or it is no JSON object.
+    """
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {json.dumps(content)[:80]}")
+    return content
 
 
 def load_checkpoint(
     folder: Path | str, spec: DecoderSpec, layout: HostedLayout, parameters: Mapping[str, Tensor]
-) -> None:
+) -> dict[str, torch.dtype]:
     """Copies all tensors of a checkpoint into their places; a narrower dtype is widened where that is exact.
 
     Tensors of multi-token-prediction layers are left out, and a tied lm_head.weight that equals the embedding.
@@ -51,6 +60,9 @@ def load_checkpoint(
         spec: the decoder that its config describes.
         layout: where its tensors lie.
         parameters: written in place, on whatever device they are.
+
+    Returns:
+        The dtype of every hosted tensor in the checkpoint, by its name there.
 
     Raises:
         CheckpointError: a file is missing or broken, or tensors are missing, unknown, of a wrong shape, or of a dtype
@@ -84,6 +96,7 @@ def load_checkpoint(
                 )
         for name, block in layout.state_dict(parameters):
             block.copy_(where[name].get_tensor(name))
+        return {name: _SAFETENSORS_DTYPES[where[name].get_slice(name).get_dtype()] for name in layout}
 
 
 def _files(folder: Path) -> list[Path]:

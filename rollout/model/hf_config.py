@@ -94,14 +94,16 @@ class ConfigReader:
             self.offenders.append(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
         return heads, kv_heads, self.whole("head_dim", default=hidden // heads)
 
-    def rope(self, head_dim: int, *, default_fraction: float) -> RopeSpec:
+    def rope(self, head_dim: int, *, default_fraction: float | None = None) -> RopeSpec:
         """The rotary embedding, from rope_parameters or, before transformers 5, rope_theta, rope_scaling and
         partial_rotary_factor.
 
         Args:
             head_dim: of attention.
-            default_fraction: the share of a head that rotates where the config does not say.
+            default_fraction: the share of a head that rotates where the config does not say. None: heads of this family
+                rotate whole, and a config that says otherwise is noted (transformers ignores what it says).
         """
+        self._named("rope_parameters", "rope_scaling", None)  # only to note that they contradict each other
         key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
         nested = self.config.get(key) or {}
         if not isinstance(nested, Mapping):
@@ -110,16 +112,22 @@ class ConfigReader:
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
             self.offenders.append(f"{key}.rope_type={kind!r}: expected 'default', the only one supported")
-        theta = nested.get("rope_theta", self.config.get("rope_theta"))
-        fraction = nested.get("partial_rotary_factor", self.config.get("partial_rotary_factor"))
-        fraction = self._positive("partial_rotary_factor", default_fraction if fraction is None else fraction)
+        theta = self._positive("rope_theta", nested.get("rope_theta", self.config.get("rope_theta")))
+        own, inner = self.config.get("partial_rotary_factor"), nested.get("partial_rotary_factor")
+        if default_fraction is None:
+            for name, said in (("partial_rotary_factor", own), (f"{key}.partial_rotary_factor", inner)):
+                if said not in (None, 1.0):
+                    self._note(name, said, "1.0, the only one supported for this architecture")
+            own, inner, default_fraction = None, None, 1.0
+        fraction = next((said for said in (inner, own) if said is not None), default_fraction)
+        fraction = self._positive("partial_rotary_factor", fraction)
         rotary_dim = int(head_dim * fraction)
         if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
             self.offenders.append(
                 f"partial_rotary_factor={fraction!r}: {rotary_dim} of {head_dim} dimensions of a head rotate, "
                 "expected an even number of them, at least 2"
             )
-        return RopeSpec(theta=self._positive("rope_theta", theta), rotary_dim=rotary_dim)
+        return RopeSpec(theta=theta, rotary_dim=rotary_dim)
 
     def _named(self, key: str, alias: str | None, default: Any) -> Any:
         """The value under one of two names; null counts as missing."""

@@ -1,5 +1,6 @@
 """A model in this process: its spec, its parameters, and where each tensor of the wire lies in them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from rollout.model.batch import KvCache
 from rollout.model.checkpoint import load_checkpoint, read_config
 from rollout.model.families import decoder_spec, hosted_layout
+from rollout.model.rehearsal import rehearse
 from rollout.model.router import Hosting
 from rollout.model.spec import DecoderSpec
 from rollout.model.storage import allocate
@@ -26,6 +28,8 @@ class HostedModel:
     """By hosted name; allocated once, never moved."""
     layout: HostedLayout
     """By wire name."""
+    wire_dtypes: Mapping[str, torch.dtype]
+    """Of the tensors in the checkpoint, by wire name: narrower than the hosted ones where those widen them."""
 
     @classmethod
     def load(cls, folder: Path | str, *, hosting: Hosting | None = None, device: torch.device | str) -> "HostedModel":
@@ -37,18 +41,31 @@ class HostedModel:
             device: where the parameters live.
 
         Raises:
-            ValueError: the config describes what is not supported; all offending keys are named.
+            ValueError: the config describes what is not supported, all offending keys are named; or an operation of the
+                model cannot be computed in this process on this device, which is named.
             CheckpointError: files or tensors are missing, broken or do not fit; all are named.
         """
+        hosting, kind = Hosting() if hosting is None else hosting, torch.device(device).type
+        if hosting.platform != kind:
+            raise ValueError(f"hosting.platform={hosting.platform!r}, but the model goes to {device}: they must agree")
         spec = decoder_spec(read_config(folder), hosting)
         parameters = allocate(spec, device)
         layout = hosted_layout(spec, parameters)
-        load_checkpoint(folder, spec, layout, parameters)
-        return cls(spec=spec, parameters=parameters, layout=layout)
+        wire_dtypes = load_checkpoint(folder, spec, layout, parameters)
+        model = cls(spec=spec, parameters=parameters, layout=layout, wire_dtypes=wire_dtypes)
+        rehearse(spec, parameters, model.kv_cache(blocks=1, block_size=1))
+        return model
 
     def version(self, run: str) -> WeightVersion:
-        """What the parameters hold now, as step 0 of `run`; digested in the hosted dtypes."""
-        digests = (tensor_digest(name, block) for name, block in self.layout.state_dict(self.parameters))
+        """The checkpoint that was loaded, as step 0 of `run`; whoever publishes its very tensors gets the same digest.
+
+        Read from the parameters and digested in the checkpoint's own dtypes, so it holds until something else is
+        written to them.
+        """
+        digests = (
+            tensor_digest(name, block, self.wire_dtypes[name])
+            for name, block in self.layout.state_dict(self.parameters)
+        )
         return WeightVersion(run=run, step=0, digest=Digest.total(digests))
 
     def kv_cache(self, *, blocks: int, block_size: int) -> KvCache:

@@ -1,7 +1,7 @@
 """Qwen3-MoE: its config as a DecoderSpec.
 
-Formulas: transformers' models/qwen3_moe. Every layer has QK norm, attention_bias biases q, k, v and o, the router is
-a softmax.
+Formulas: transformers' models/qwen3_moe. Every layer has QK norm, heads rotate whole, attention_bias biases q, k, v and
+o, the router is a softmax.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,6 @@ def decoder_spec(config: Mapping[str, Any], hosting: Hosting) -> DecoderSpec:
     reader.supported_only()
     if config.get("use_sliding_window"):
         reader.only("sliding_window", None)
-    reader.only("partial_rotary_factor", None)
     dtype = reader.dtype(hosting.dtype)
     hidden = reader.whole("hidden_size")
     vocab_size = reader.whole("vocab_size")
@@ -37,7 +36,7 @@ def decoder_spec(config: Mapping[str, Any], hosting: Hosting) -> DecoderSpec:
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=True,
-        rope=reader.rope(head_dim, default_fraction=1.0),
+        rope=reader.rope(head_dim),
     )
     dense = DenseSpec(intermediate=reader.whole("intermediate_size"))
     moe = moe_spec(

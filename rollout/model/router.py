@@ -8,7 +8,7 @@ import torch
 
 from rollout.model.hf_config import ConfigReader, DtypeChoice
 from rollout.model.spec import MoeSpec
-from routing import GateSpec, RouterSpec, TopkReduce
+from routing import GateSpec, Platform, RouterSpec, TopkReduce
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +23,9 @@ class Hosting:
     """fp32: weight hosted in fp32, product and logits in fp32, whatever the dtype. trainer: as the trainer does it."""
     dtype: DtypeChoice = "checkpoint"
     """Of activations and parameters: "checkpoint", torch.float32 or torch.bfloat16."""
-    platform: Literal["cpu", "cuda"] = "cpu"
-    """Whose order of summation the router follows: that of the device that hosts the model."""
+    platform: Platform = "cpu"
+    """Whose order of summation the router follows: that of the device that hosts the model, which a router spelled out
+    cannot change."""
 
 
 def moe_spec(
@@ -64,8 +65,21 @@ def _router_spec(config: Mapping[str, Any], hosting: Hosting, dtype: torch.dtype
             hosting.trainer, config, dtype=dtype, platform=hosting.platform, gate=hosting.gate
         )
     else:
-        router = RouterSpec.from_plain({"platform": hosting.platform, **hosting.trainer})
+        router = _spelled_out(hosting.trainer, hosting.platform)
         router = router if hosting.gate == "trainer" else replace(router, gate=GateSpec())
     if hosting.topk_reduce_func is not None:
         router = replace(router, reduce=TopkReduce.of(hosting.topk_reduce_func))
+    return router
+
+
+def _spelled_out(fields: Mapping[str, Any], platform: Platform) -> RouterSpec:
+    """The router of these fields. ValueError for what no checkpoint of the hosted families could feed."""
+    said = fields.get("platform", platform)
+    if said != platform:
+        raise ValueError(f"RouterSpec: platform={said!r}, but the model is hosted on {platform!r}; leave platform out")
+    router = RouterSpec.from_plain({**fields, "platform": platform})
+    if router.expert_scale:
+        raise ValueError(
+            "RouterSpec: expert_scale=True, but checkpoints of this architecture hold no such factors; leave it out"
+        )
     return router

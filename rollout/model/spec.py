@@ -89,11 +89,6 @@ class DecoderSpec:
     """Of activations, keys, values and all parameters, apart from gates and expert biases."""
 
     @property
-    def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that route, in order: the L of recorded expert ids."""
-        return tuple(index for index, layer in enumerate(self.layers) if isinstance(layer.mlp, MoeSpec))
-
-    @property
     def kv_heads(self) -> int:
         """Key/value heads, the same in all layers, since they share one cache."""
         return self.layers[0].attention.kv_heads

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rollout.model.checkpoint import CheckpointError, load_checkpoint, read_config
+from rollout.model.end_of_sequence import end_of_sequence_ids
 from rollout.model.families import decoder_spec, hosted_layout
 from rollout.model.hosted import HostedModel
 from rollout.model.router import Hosting
 from rollout.model.storage import allocate
+from weights.digest import Digest, tensor_digest
 from weights.naming import to_wire
 
 CONFIGS = {"qwen3": qwen3_config, "glm4": glm4_config}
@@ -51,6 +53,22 @@ def test_every_tensor_of_the_learner_is_hosted_exactly(tmp_path, family, sharded
     for name, tensor in hosted.items():
         assert torch.equal(tensor, wire[name].to(tensor.dtype)), name
         assert tensor.dtype == (torch.float32 if ".mlp.gate." in name else dtype), name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("hosting", [Hosting(), Hosting(gate="trainer"), Hosting(dtype=torch.float32)])
+def test_the_version_is_that_of_the_tensors_in_the_files_whatever_they_are_hosted_in(
+    tmp_path, family, sharded, hosting
+):
+    model = load(save(tiny_model(CONFIGS[family](), seed=1, dtype=torch.bfloat16), tmp_path, sharded=sharded), hosting)
+    files = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    published = {name: tensor for file in files for name, tensor in file.items()}
+    assert model.wire_dtypes == {name: tensor.dtype for name, tensor in published.items()}
+    assert set(model.wire_dtypes.values()) >= {torch.bfloat16}
+    assert model.version("run").digest == Digest.total(tensor_digest(*entry) for entry in published.items())
+    model.parameters["norm.weight"][0] += 1
+    assert model.version("run").digest != Digest.total(tensor_digest(*entry) for entry in published.items())
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
@@ -194,3 +212,43 @@ def test_unsupported_keys_are_refused_before_any_tensor_is_read(tmp_path):
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"hidden_act='relu'.*quantization_config="):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {}, []),
+        (None, {"eos_token_id": 3}, [3]),
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 3}, [5, 6]),
+        ({"eos_token_id": None}, {"eos_token_id": 0}, [0]),
+        ({}, {"eos_token_id": []}, []),
+    ],
+)
+def test_what_ends_a_sequence_is_what_the_generation_config_says_or_else_the_config(
+    tmp_path, generation, config, expected
+):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert end_of_sequence_ids(tmp_path) == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "cannot be read as JSON: Expecting property name"),
+        ("\xff", "cannot be read as JSON: "),
+        ("[1]", r"expected a JSON object, got \[1\]"),
+        ("null", "expected a JSON object, got null"),
+        (
+            '{"eos_token_id": [1, "2", true, -1]}',
+            r"eos_token_id=\[1, '2', True, -1\]: expected a token id .* or null; not one: '2', True, -1",
+        ),
+        ('{"eos_token_id": 1.5}', "eos_token_id=1.5: expected a token id .*; not one: 1.5"),
+    ],
+)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_of_sequence_that_cannot_be_read_names_the_file_and_the_offender(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=rf"/{name}: {says}"):
+        end_of_sequence_ids(tmp_path)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from checkpoints import MODELS, glm4_config, qwen3_config
 from transformers import Glm4MoeConfig, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from rollout.model.families import decoder_spec, hosted_layout
 from rollout.model.router import Hosting
-from rollout.model.spec import DenseSpec, MoeSpec, RopeSpec
+from rollout.model.spec import DecoderSpec, DenseSpec, MoeSpec, RopeSpec
 from rollout.model.storage import allocate, parameter_count
 
 # as released with Qwen3-30B-A3B, before transformers 5
@@ -85,7 +86,20 @@ GLM_4_5_AIR: dict[str, Any] = {
     "use_qk_norm": False,
     "vocab_size": 151552,
 }
+SPELLED_OUT: dict[str, Any] = {
+    "num_experts": 128,
+    "top_k": 8,
+    "score": "softmax",
+    "slot_order": "sorted",
+    "reduce": "sum",
+    "weight_dtype": "float32",
+}
 RELEASED = {"qwen3": (QWEN3_30B_A3B, Qwen3MoeConfig), "glm4": (GLM_4_5_AIR, Glm4MoeConfig)}
+
+
+def moe_layers(spec: DecoderSpec) -> list[int]:
+    """Which layers route."""
+    return [index for index, layer in enumerate(spec.layers) if isinstance(layer.mlp, MoeSpec)]
 
 
 @pytest.mark.parametrize("family", RELEASED)
@@ -109,7 +123,7 @@ def test_qwen3_30b_a3b_is_what_its_card_says():
     assert round(parameter_count(spec) / 1e7) == 3053
     assert spec.dtype == torch.bfloat16
     assert spec.context_length == 40960
-    assert len(spec.layers) == len(spec.moe_layers) == 48
+    assert len(spec.layers) == len(moe_layers(spec)) == 48
     assert (spec.kv_heads, spec.head_dim) == (4, 128)
     assert spec.layers[0].attention.rope == RopeSpec(theta=1e6, rotary_dim=128)
     assert spec.layers[0].attention.qk_norm
@@ -126,7 +140,7 @@ def test_glm_4_5_air_is_what_its_config_says():
     assert attention.rope == RopeSpec(theta=1e6, rotary_dim=64)
     assert (attention.qkv_bias, attention.o_bias, attention.qk_norm) == (True, False, False)
     assert spec.layers[0].mlp == DenseSpec(intermediate=10944)
-    assert spec.moe_layers == tuple(range(1, 46))
+    assert moe_layers(spec) == list(range(1, 46))
     assert spec.extra_layers == 1
     moe = spec.layers[1].mlp
     assert isinstance(moe, MoeSpec)
@@ -215,6 +229,30 @@ def test_rope_types_other_than_default_are_refused_by_name(kind, form):
         decoder_spec(QWEN3_30B_A3B | {form: nested})
 
 
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])
+def test_a_qwen3_head_rotates_whole_whatever_the_config_says_of_a_part(form):
+    for whole in ({}, {"partial_rotary_factor": 1.0}, {"partial_rotary_factor": None}):
+        nested = {"rope_type": "default", "rope_theta": 1e6}
+        assert decoder_spec(QWEN3_30B_A3B | {form: nested | whole} | whole) == decoder_spec(QWEN3_30B_A3B)
+    with pytest.raises(ValueError, match=rf"{form}\.partial_rotary_factor=0\.5: expected 1\.0, the only one supported"):
+        decoder_spec(QWEN3_30B_A3B | {form: {"rope_theta": 1e6, "partial_rotary_factor": 0.5}})
+    both = {form: {"rope_theta": 1e6, "partial_rotary_factor": 1.0}, "partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match=r"hosted: partial_rotary_factor=0\.5: expected 1\.0"):
+        decoder_spec(QWEN3_30B_A3B | both)
+
+
+def test_transformers_rotates_qwen3_heads_whole_and_that_is_why():
+    rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    embedding = Qwen3MoeRotaryEmbedding(qwen3_config(head_dim=8, rope_parameters=rope_parameters))
+    assert embedding(torch.zeros(1, 3, 8), torch.arange(3)[None])[0].shape[-1] == 8
+
+
+def test_two_accounts_of_the_rotation_that_contradict_each_other_are_refused():
+    two = {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(ValueError, match=r"rope_parameters=.* and rope_scaling=.* contradict each other"):
+        decoder_spec(QWEN3_30B_A3B | two)
+
+
 BOTH = ["Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"]
 
 
@@ -235,16 +273,36 @@ def test_a_config_without_anything_names_all_that_is_missing(released):
 
 
 def test_a_router_that_contradicts_the_config_is_refused():
-    plain = {
-        "num_experts": 64,
-        "top_k": 8,
-        "score": "softmax",
-        "slot_order": "sorted",
-        "reduce": "sum",
-        "weight_dtype": "float32",
-    }
     with pytest.raises(ValueError, match=r"8 of 64 experts, config\.json says 8 of 128"):
-        decoder_spec(QWEN3_30B_A3B, Hosting(trainer=plain))
+        decoder_spec(QWEN3_30B_A3B, Hosting(trainer=SPELLED_OUT | {"num_experts": 64}))
+
+
+def test_a_router_spelled_out_runs_on_the_hosts_platform_and_may_say_so():
+    for plain in (SPELLED_OUT, SPELLED_OUT | {"platform": "cuda"}):
+        moe = decoder_spec(QWEN3_30B_A3B, Hosting(trainer=plain, platform="cuda")).layers[0].mlp
+        assert isinstance(moe, MoeSpec)
+        assert moe.router.platform == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"expert_scale": True}, "expert_scale=True, but checkpoints of this architecture hold no such factors"),
+        ({"platform": "cuda"}, "platform='cuda', but the model is hosted on 'cpu'; leave platform out"),
+        (
+            {"gate": {"operand_dtype": "bfloat16", "output_dtype": "float16"}},
+            r"output_dtype=torch\.float16: PyTorch has no product of torch\.bfloat16 operands with it",
+        ),
+        (
+            {"gate": {"output_dtype": "bfloat16"}},
+            r"no product of torch\.float32 operands with it; torch\.float32 expected",
+        ),
+    ],
+)
+@pytest.mark.parametrize("gate", ["fp32", "trainer"])
+def test_a_router_spelled_out_that_cannot_be_computed_is_refused(fields, says, gate):
+    with pytest.raises(ValueError, match=rf"config\.json cannot be hosted: .*{says}"):
+        decoder_spec(QWEN3_30B_A3B, Hosting(trainer=SPELLED_OUT | fields, gate=gate))
 
 
 def test_an_unknown_trainer_is_refused():
@@ -255,7 +313,7 @@ def test_an_unknown_trainer_is_refused():
 def test_dense_layers_follow_the_list_and_the_step():
     config = qwen3_config(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]).to_diff_dict()
     config |= {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32"}
-    assert decoder_spec(config).moe_layers == (1, 5)
+    assert moe_layers(decoder_spec(config)) == [1, 5]
 
 
 def test_a_share_of_a_head_that_cannot_rotate_is_refused():

@@ -140,4 +140,21 @@ def test_attention_over_any_mixture_of_chunks_is_softmax_over_the_sequences_own_
 def test_sequences_with_equally_many_rows_attend_together():
     batch = paged_batch([1, 4, 1, 4, 1], [9, 4, 3, 6, 5], 2, random.Random(0))
     groups = plan_attention(batch, 2)
-    assert [(group.sequences, group.queries) for group in groups] == [(3, 1), (2, 4)]
+    assert [(group.spans, group.queries) for group in groups] == [(3, 1), (2, 4)]
+
+
+@given(
+    sequences=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1, max_size=5),
+    pairs=st.sampled_from([1, 30, 100, 1000]),
+)
+def test_the_scores_of_a_group_are_bounded_however_long_one_sequence_is(sequences, pairs):
+    lengths, contexts = [q for q, _ in sequences], [q + earlier for q, earlier in sequences]
+    batch = paged_batch(lengths, contexts, 4, random.Random(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "MAX_GROUP_PAIRS", pairs)
+        groups = plan_attention(batch, 4)
+    for group in groups:
+        scores = group.spans * group.queries * group.slots_SN.shape[1]
+        assert scores <= pairs or (group.spans, group.queries) == (1, 1)
+    rows = [torch.arange(sum(lengths)) if group.rows_SQ is None else group.rows_SQ.flatten() for group in groups]
+    assert torch.equal(torch.cat(rows).sort().values, torch.arange(sum(lengths)))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from router_rows import SPECS, bits, logit_rows, make_spec, operands, sigmoid_spec
+from router_rows import SPECS, bits, has_distinct_ids, logit_rows, make_spec, operands, sigmoid_spec
 
 from routing import GroupSpec, ReduceKind, SlotOrder, TopkReduce, reference, reference_from_scores
 from routing.arithmetic import CudaArithmetic
-from routing.cuda_order import halving_sum, softmax, topk_unsorted
+from routing.cuda_order import halving_sum, softmax, sort_slots, topk_unsorted
 
 TREES = {
     1: "0",
@@ -60,6 +60,20 @@ def test_other_trees_give_other_bits(K: int) -> None:
         assert (bits(halving_sum(x)) != bits(by_tree(tree, x))).float().mean() > 0.05
 
 
+@pytest.mark.parametrize("K", [33, 64])
+def test_the_sum_of_more_than_a_warp_halves_as_well(K: int) -> None:
+    x = torch.rand(50, K, generator=torch.Generator().manual_seed(K))
+    padded = torch.cat([x, torch.zeros(50, 64 - K)], dim=1)
+    assert bits(halving_sum(x)).tolist() == bits(halving_sum(padded[:, :32] + padded[:, 32:])).tolist()
+
+
+def test_orders_that_are_not_established_are_never_computed() -> None:
+    with pytest.raises(AssertionError, match="65"):
+        halving_sum(torch.zeros(2, 65))
+    with pytest.raises(AssertionError, match="33"):
+        sort_slots(torch.zeros(2, 40), torch.arange(33).repeat(2, 1))
+
+
 def test_a_sum_of_negative_zeros_is_positive_zero() -> None:
     assert bits(halving_sum(torch.full((1, 8), -0.0))).tolist() == [[0]]
 
@@ -85,7 +99,7 @@ def test_weights_are_near_fp64(name: str) -> None:
     spec = SPECS[name]
     logits_TE = logit_rows(spec)["normal"]
     found = reference(logits_TE, spec, **operands(spec))
-    found.check(spec.num_experts)
+    assert has_distinct_ids(found, spec.num_experts)
     x, ids = logits_TE.double(), found.expert_ids_TK.long()
     scores = {
         "softmax": x.softmax(dim=1),
@@ -196,7 +210,7 @@ def test_laws_of_routing(seed: int, K: int, levels: int, is_sorted: bool) -> Non
     bias = {"bias_E": torch.randint(-2, 3, (12,), generator=random) / 8}
     spec = sigmoid_spec(num_experts=12, top_k=K, slot_order=order)
     batch = reference(logits_TE, spec, **bias)
-    batch.check(12)
+    assert has_distinct_ids(batch, 12)
     shuffled = torch.randperm(6, generator=random)
     permuted = reference(logits_TE[shuffled], spec, **bias)
     assert permuted.expert_ids_TK.tolist() == batch.expert_ids_TK[shuffled].tolist()

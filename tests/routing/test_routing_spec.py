@@ -59,9 +59,10 @@ def test_every_field_of_the_parts_is_in_the_digest() -> None:
         GateSpec(tf32=True),
         GateSpec(operand_dtype=torch.bfloat16),
         GateSpec(operand_dtype=torch.bfloat16, output_dtype=torch.bfloat16),
-        GateSpec(operand_dtype=torch.float64, accumulate_dtype=torch.float64),
     ]
     assert len({sigmoid_spec(gate=gate).digest for gate in gates}) == len(gates)
+    wide = GateSpec(operand_dtype=torch.float64, accumulate_dtype=torch.float64, output_dtype=torch.float64)
+    assert wide.to_plain()["accumulate_dtype"] == "float64"
 
 
 def test_what_has_a_default_may_be_left_out() -> None:
@@ -114,10 +115,18 @@ def test_every_fault_of_a_spec_is_named_at_once() -> None:
     with pytest.raises(ValueError, match="established for top_k <= 32"):
         make_spec(num_experts=64, top_k=33)
     assert make_spec(num_experts=64, top_k=33, platform="cpu").top_k == 33
+    best_33 = GroupSpec(count=2, kept=1, top=33)
+    with pytest.raises(ValueError, match=r"groups\.top=33; PyTorch's order on CUDA is established for top <= 32"):
+        make_spec(num_experts=80, groups=best_33)
+    assert make_spec(num_experts=80, groups=best_33, platform="cpu").groups == best_33
     with pytest.raises(ValueError, match=r"kind sum takes no eps.*neither path nor digest"):
         TopkReduce(kind=ReduceKind.SUM, eps=1.0, path="a:b")
     with pytest.raises(ValueError, match=r"float16; float32 or float64.*do not accumulate in|tf32 is a rounding"):
         GateSpec(accumulate_dtype=torch.float16, operand_dtype=torch.float64, tf32=True)
+    with pytest.raises(ValueError, match=r"no product of torch\.bfloat16 operands .*torch\.bfloat16 or torch\.float32"):
+        GateSpec(operand_dtype=torch.bfloat16, output_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"output_dtype=torch\.float32: PyTorch has no product of torch\.float64"):
+        GateSpec(operand_dtype=torch.float64, accumulate_dtype=torch.float64)
 
 
 def test_the_public_names_are_these() -> None:
@@ -126,7 +135,7 @@ def test_the_public_names_are_these() -> None:
         "Assignment", "Chosen", "ExpertGroups", "GateSpec", "GroupScore", "GroupSpec", "Platform", "ReduceFunction",
         "ReduceKind", "RouterSpec", "ScoreFunction", "SlotOrder", "TopkReduce", "gate_logits", "gather_tokens",
         "group_by_expert", "kernel_chosen", "kernel_route", "kernel_route_from_scores", "probe_digest", "reference",
-        "reference_chosen", "reference_from_scores", "resolve", "returns_weights", "route", "ungroup",
+        "reference_chosen", "reference_from_scores", "resolve", "returns_weights", "route",
     }  # fmt: skip
     for name in routing.__all__:
         assert hasattr(routing, name)
