@@ -1,0 +1,7 @@
+"""python -m rollout.cli"""
+
+import sys
+
+from rollout.cli.entry import main
+
+sys.exit(main())
