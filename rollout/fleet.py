@@ -1,30 +1,44 @@
 """All hosts of a run: places actors, balances prompts over them, tells a learner where they are.
 
-A trainer launches it; another process of the same Ray cluster connects to it by name. Only the launcher owns it: its
-shutdown (or its end) ends the hosts.
+A trainer launches it; another process of the same Ray cluster connects to it by name. Only the launcher owns it: it
+starts lost hosts again, and its shutdown (or its end) ends them all.
 """
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 
-from rollout.actor import RemoteHost, ask
-from rollout.balance import spread
+from rollout.actor import NAMESPACE, Call, Placement, ask, find_actor, named_actors, named_hosts
+from rollout.balance import Rotation
 from rollout.config import RolloutConfig, resolve_rl_mode
-from rollout.errors import DeadlineExceeded, FleetNotFound, HostGone
+from rollout.errors import DeadlineExceeded, FleetNotFound, HostGone, StepNotTaken
 from rollout.host import Introduction, uses_gpu
+from rollout.metrics import FleetMetrics, Observation
+from rollout.reaper import Reaper
 from rollout.request import Prompt, SamplingParams, Score
 from rollout.status import FleetStatus, HostStatus
 from rollout.stream import CompletionStream
-from weights.rendezvous import Roster, RosterHost
+from rollout.supervisor import Stage, Supervisor
+from rollout.watch import FolderWatch
+from rollout.whereabouts import Whereabouts, sweep_whereabouts
+from weights.digest import Digest
+from weights.rendezvous import remove_roster, socket_path, sweep
+from weights.report import PublishReport
+from weights.version import WeightVersion
 
-NAMESPACE = "moe-rollout"
+RAY_AUTH_MODE = "RAY_AUTH_MODE"
+"""Ray's variable; a cluster that asks for its token turns everybody else away."""
+CONNECT_S = 30.0
+GLANCE_S = 0.1
+"""Between two looks for a host that takes work, where there is none."""
 logger = logging.getLogger("rollout")
 
 
@@ -37,20 +51,35 @@ class Fleet:
                 ...
     """
 
-    def __init__(self, config: RolloutConfig, actors: dict[str, Any], *, owner: bool, owns_ray: bool) -> None:
+    def __init__(self, config: RolloutConfig, *, owns_ray: bool) -> None:
         self.config = config
         self.name = config.name
-        self._actors = actors
-        self._owner = owner
         self._owns_ray = owns_ray
-        self._roster: Roster | None = None
-        self._loads = dict.fromkeys(actors, 0)
+        self._rotation = Rotation()
+        self._supervisor: Supervisor | None = None
+        """The launcher's; None in every other process."""
+        self._placement = Placement(config, {})
+        self._watch: FolderWatch | None = None
+        self._whereabouts: Whereabouts | None = None
+        self._observation: Observation | None = None
+        self._detached = False
+        self._reaper: Reaper | None = None
+        """Where this process started its own Ray."""
+        self._known: dict[str, tuple[int, Any]] = {}
+        """In a process that only connected: host id -> (how many times started again, its actor)."""
+        self._knocking: dict[str, Call] = {}
+        self._closed = False
 
     @classmethod
-    def launch(cls, config: RolloutConfig) -> Self:
-        """Starts the hosts and waits until every one has loaded the checkpoint.
+    def launch(cls, config: RolloutConfig, *, detached: bool = False) -> Self:
+        """Starts the hosts, waits until every one has loaded the checkpoint, and looks after them from then on.
 
         Uses the Ray that this process is connected to or RAY_ADDRESS names, else starts a local one and owns it.
+
+        Args:
+            config: the fleet.
+            detached: the hosts outlive this process and its `shutdown`, until `end`; nobody starts a lost one again
+                once this process is gone. Needs a Ray that outlives it too.
 
         Raises:
             ConfigError: the configuration and the environment contradict each other, or there is no such checkpoint.
@@ -62,29 +91,55 @@ class Fleet:
         config = replace(config, rl_mode=rl_mode, model=os.path.abspath(config.model))
         for hint in hints:
             logger.warning(hint)
+        swept = (*sweep(), *sweep_whereabouts())
+        if swept:
+            logger.info("removed what fleets that died had left: %s", ", ".join(swept))
         owns_ray = not ray.is_initialized()
         if owns_ray:
             address = os.environ.get("RAY_ADDRESS")
-            extra = {} if address else {"include_dashboard": False}
+            extra: dict[str, Any] = {}
+            if not address:
+                extra = {"include_dashboard": False, "_metrics_export_port": config.metrics_port}
             ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **extra)
+        fleet = cls(config, owns_ray=owns_ray)
+        fleet._detached = detached
+        if owns_ray and not os.environ.get("RAY_ADDRESS"):
+            fleet._reaper = Reaper()
+            fleet._reaper.watch_descendants()
         options: dict[str, Any] = {"num_gpus": config.gpus_per_host} if uses_gpu(config.device) else {"num_cpus": 0}
-        actors: dict[str, Any] = {}
-        fleet = cls(config, actors, owner=True, owns_ray=owns_ray)
+        if detached:
+            options["lifetime"] = "detached"
+        fleet._placement = Placement(config, options)
+        supervisor = fleet._supervisor = Supervisor(
+            config, fleet._placement, fleet._rotation, nobody_shares=fleet._publish_again
+        )
         try:
-            for index in range(config.hosts):
-                host_id = f"host-{index}"
-                actors[host_id] = RemoteHost.options(
-                    name=f"{config.name}/{host_id}", namespace=NAMESPACE, **options
-                ).remote(config, host_id)
-            fleet._loads = dict.fromkeys(actors, 0)
-            introductions: list[Introduction] = fleet._ask_all(
-                "start", awaited="hosts to load the checkpoint", deadline_s=config.deadlines.start_s
+            supervisor.start_all()
+            supervisor.await_all()
+            supervisor.watch()
+            if fleet._reaper is not None:
+                fleet._reaper.watch_descendants()  # again: Ray's agents come after it
+            fleet._whereabouts = Whereabouts(
+                name=config.name,
+                ray_address=ray.get_runtime_context().gcs_address,
+                ray_auth_mode=os.environ.get(RAY_AUTH_MODE, ""),
+                launcher=os.getpid(),
             )
-            if config.weights.transport is not None:
-                fleet._roster = roster_of(config, introductions)
-                fleet._roster.write()
+            fleet._whereabouts.write()
+            metrics = FleetMetrics(config.name)
+            fleet._observation = Observation(
+                lambda: metrics.observe({member.host_id: member.incarnation for member in supervisor.members.values()})
+            )
+            if config.weights.folder is not None:
+                fleet._watch = FolderWatch(
+                    config.name,
+                    config.weights.folder,
+                    poll_s=config.weights.poll_s,
+                    on_update=_log_update,
+                    on_error=_log_error,
+                ).start()
         except BaseException:
-            fleet.shutdown()
+            fleet.end()
             raise
         return fleet
 
@@ -94,28 +149,26 @@ class Fleet:
 
         Raises:
             FleetNotFound: no Ray cluster is running here, or none of its actors belongs to a fleet of this name.
+            DeadlineExceeded: its hosts do not answer.
         """
         owns_ray = not ray.is_initialized()
         if owns_ray:
             try:
-                ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(
+                    address=_ray_address(name), namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+                )
             except ConnectionError as error:
                 raise FleetNotFound(
                     f"fleet {name!r}: no running Ray cluster found; launch the fleet first, or set RAY_ADDRESS"
                 ) from error
-        named = ray.util.list_named_actors(all_namespaces=True)
-        found = sorted(entry["name"] for entry in named if entry["namespace"] == NAMESPACE)
-        mine = [full for full in found if full.rpartition("/")[0] == name]
-        if not mine:
-            others = sorted({full.rpartition("/")[0] for full in found})
+        try:
+            fleet = cls(_introduction(name).config, owns_ray=owns_ray)
+            fleet._rotation_now(CONNECT_S)
+        except BaseException:
             if owns_ray:
                 ray.shutdown()
-            raise FleetNotFound(f"no fleet {name!r} in this Ray cluster; fleets here: {', '.join(others) or 'none'}")
-        actors = {full.rpartition("/")[2]: ray.get_actor(full, namespace=NAMESPACE) for full in mine}
-        introduction: Introduction = ask(
-            next(iter(actors.values())).introduce.remote(), "a host to introduce itself", 30.0
-        )
-        return cls(introduction.config, actors, owner=False, owns_ray=owns_ray)
+            raise
+        return fleet
 
     def generate(self, prompts: Iterable[Prompt], sampling: SamplingParams) -> CompletionStream:
         """Submits every prompt at once and returns the completions in the order in which they finish, n for each
@@ -123,64 +176,109 @@ class Fleet:
 
         Raises:
             ValueError: two prompts share an id, or one can never run (too long, unknown tokens). Nothing runs then.
+            QueueFull, VersionTooOld: a host does not take them now. Nothing runs then.
+            DeadlineExceeded: no host takes work, and none came back in time; says where they are.
         """
         prompts = tuple(prompts)
         twice = sorted(name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1)
         if twice:
             raise ValueError(f"prompt ids must differ within one call; these come twice: {', '.join(twice[:10])}")
-        hosts = spread(self._loads, [sampling.n] * len(prompts))
-        batches: dict[str, list[tuple[Prompt, SamplingParams]]] = {}
-        for prompt, host in zip(prompts, hosts, strict=True):
-            seed = int.from_bytes(os.urandom(8), "big") >> 1
-            batches.setdefault(host, []).append((prompt, sampling.seeded(seed)))
-        stream = CompletionStream(self._actors, batches, self._loads, self.config.deadlines)
-        stream.submit()
+        stream = CompletionStream(self._rotation, self.config.deadlines, self._place)
+        stream.submit([(prompt, sampling.seeded(int.from_bytes(os.urandom(8), "big") >> 1)) for prompt in prompts])
         return stream
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Score]:
         """Log-probabilities of given tokens under the present weights, in the order of `sequences`.
 
+        A host that dies meanwhile is passed over: another one scores its share.
+
         Raises:
             ValueError: a sequence can never run.
+            DeadlineExceeded: a host did not answer, or none takes work.
         """
-        hosts = spread(self._loads, [len(sequence) for sequence in sequences])
-        by_host: dict[str, list[int]] = {}
-        for index, host in enumerate(hosts):
-            by_host.setdefault(host, []).append(index)
         deadline_s = self.config.deadlines.progress_s
-        refs = {
-            host: self._actors[host].score.remote([tuple(sequences[index]) for index in indices], deadline_s)
-            for host, indices in by_host.items()
-        }
         scores: dict[int, Score] = {}
-        for host, indices in by_host.items():
-            scores.update(zip(indices, ask(refs[host], f"{host} to score", deadline_s), strict=True))
+        while left := [index for index in range(len(sequences)) if index not in scores]:
+            weights = [len(sequences[index]) for index in left]
+            by_actor: dict[int, tuple[str, Any, list[int]]] = {}
+            for index, (host, actor) in zip(left, self._place(weights), strict=True):
+                by_actor.setdefault(id(actor), (host, actor, []))[2].append(index)
+            asked = [
+                (host, actor, indices, actor.score.remote([tuple(sequences[index]) for index in indices], deadline_s))
+                for host, actor, indices in by_actor.values()
+            ]
+            try:
+                for host, actor, indices, ref in asked:
+                    try:
+                        scores.update(zip(indices, ask(ref, f"{host} to score", deadline_s), strict=True))
+                    except HostGone:
+                        self._rotation.take_out(host, actor)
+            finally:
+                for host, _, indices, _ in asked:
+                    self._rotation.done(host, sum(len(sequences[index]) for index in indices))
         return [scores[index] for index in range(len(sequences))]
 
     def status(self) -> FleetStatus:
-        """What every host is doing; a host that does not answer is listed as dead."""
-        refs = {host: actor.status.remote() for host, actor in self._actors.items()}
+        """What every host is doing; one that is lost is listed with the reason."""
+        known, stages = self._all_hosts(), {}
+        if self._supervisor is not None:
+            stages = {member.host_id: (member.stage, member.why) for member in self._supervisor.members.values()}
+        refs = {host: actor.status.remote() for host, actor in known.items() if actor is not None}
         hosts = []
-        for host, ref in refs.items():
+        for host in known:
+            stage, why = stages.get(host, (Stage.SERVING, ""))
+            if stage is Stage.STARTING or host not in refs:
+                hosts.append(_gone(host, _STATES.get(stage, "dead"), why or "its process ended"))
+                continue
             try:
-                hosts.append(ask(ref, f"{host} to report", self.config.deadlines.message_s))
+                found = ask(refs[host], f"{host} to report", self.config.deadlines.message_s)
             except (HostGone, DeadlineExceeded) as error:
-                hosts.append(_gone(host, str(error)))
-        return FleetStatus(name=self.name, hosts=tuple(hosts))
+                found = _gone(host, "dead", str(error))
+            if stage in (Stage.JOINING, Stage.HOLDING):  # whatever it has, it serves nobody yet
+                found = replace(found, state=_STATES[stage], version=None)
+            hosts.append(found)
+        incidents = () if self._supervisor is None else tuple(self._supervisor.incidents)
+        return FleetStatus(name=self.name, hosts=tuple(hosts), incidents=incidents)
+
+    def verify(self) -> dict[str, tuple[WeightVersion | None, Digest]]:
+        """For every host that serves: its version, and the digest of what it holds, recomputed.
+
+        Raises:
+            HostGone, DeadlineExceeded: a host does not answer.
+        """
+        self._refresh()
+        refs = {host: actor.verify.remote() for host, actor in self._rotation.hosts().items()}
+        deadline_s = self.config.deadlines.progress_s
+        return {host: ask(ref, f"{host} to recompute its digest", deadline_s) for host, ref in refs.items()}
 
     def shutdown(self) -> None:
-        """Ends the hosts (the launcher's fleet) or the connection (everybody else's)."""
-        if self._owner and self._actors:
-            if self._roster is not None:
-                self._roster.remove()
-            refs = [actor.stop.remote() for actor in self._actors.values()]
-            ray.wait(refs, num_returns=len(refs), timeout=self.config.deadlines.stop_s)
-            for actor in self._actors.values():
-                ray.kill(actor)
-        self._actors = {}
-        if self._owns_ray:
-            ray.shutdown()
-            self._owns_ray = False
+        """Ends the hosts (the launcher's fleet, unless detached) or the connection (everybody else's).
+
+        Once more does nothing.
+        """
+        if self._supervisor is not None and not self._detached:
+            self.end()
+        self._leave()
+
+    def end(self) -> None:
+        """Ends the hosts, whoever launched them, and leaves."""
+        if self._closed:
+            return
+        self._stop_looking()
+        if self.config.weights.transport is not None:
+            remove_roster(self.name)
+        actors = {host: actor for host, actor in self._all_hosts().items() if actor is not None}
+        members = {} if self._supervisor is None else self._supervisor.members
+        absent = {host for host, member in members.items() if member.stage is not Stage.SERVING}
+        self._placement.stop(
+            [actor for host, actor in actors.items() if host not in absent], self.config.deadlines.stop_s
+        )
+        for host, actor in actors.items():
+            self._placement.end(actor, members[host].introduction if host in members else None)
+        if self.config.weights.transport is not None:
+            for host in actors:
+                Path(socket_path(self.name, host)).unlink(missing_ok=True)
+        self._leave()
 
     def __enter__(self) -> Self:
         return self
@@ -190,33 +288,155 @@ class Fleet:
     ) -> None:
         self.shutdown()
 
-    def _ask_all(self, method: str, *args: Any, awaited: str = "", deadline_s: float | None = None) -> list[Any]:
-        """The same call to every host; answers in the order of hosts."""
-        wait_s = self.config.deadlines.message_s if deadline_s is None else deadline_s
-        refs = [getattr(actor, method).remote(*args) for actor in self._actors.values()]
-        answers: list[Any] = ask(refs, awaited or f"every host to answer {method}", wait_s)
-        return answers
+    def _place(self, weights: Sequence[int]) -> list[tuple[str, Any]]:
+        """A host that takes work, and its actor, for each item."""
+        deadlines = self.config.deadlines
+        if self._supervisor is None:
+            self._rotation_now(deadlines.start_s)
+            return self._rotation.place(weights, 0, self._absence)
+        return self._rotation.place(weights, deadlines.start_s, self._absence)
+
+    def _absence(self) -> str:
+        return "its hosts are being started again" if self._supervisor is None else self._supervisor.absence()
+
+    def _rotation_now(self, wait_s: float) -> None:
+        """In a process that only connected: finds out which hosts take work, and waits until one does.
+
+        Raises:
+            DeadlineExceeded: none did in time.
+        """
+        until = time.monotonic() + wait_s
+        self._refresh()
+        while not self._rotation.hosts():
+            if time.monotonic() > until:
+                raise DeadlineExceeded(f"a host of {self.name} that takes work", wait_s)
+            time.sleep(GLANCE_S)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """In a process that only connected: hosts that ended leave, those started again come, once admitted."""
+        if self._supervisor is not None:
+            return
+        found = named_hosts(self.name)
+        for host, (incarnation, actor) in list(self._known.items()):
+            if found.get(host, (None, ""))[0] != incarnation:
+                self._rotation.take_out(host, actor)
+                del self._known[host]
+                self._knocking.pop(host, None)
+        for host, (incarnation, full) in found.items():
+            if host not in self._known:
+                actor = find_actor(full)
+                if actor is not None:
+                    self._known[host] = (incarnation, actor)
+                    self._knocking[host] = self._placement.call(actor, "admitted")
+                    self._knocking[host].outcome(GLANCE_S)
+        for host, call in list(self._knocking.items()):
+            actor = self._known[host][1]
+            outcome = call.outcome()
+            if outcome is not None and not outcome.value:
+                self._knocking[host] = self._placement.call(actor, "admitted")  # it was not when it was asked
+                outcome = self._knocking[host].outcome(GLANCE_S)
+            if outcome is not None and outcome.value:
+                self._rotation.put(host, actor)
+                del self._knocking[host]
+
+    def _all_hosts(self) -> dict[str, Any]:
+        """Every host that the configuration names -> its actor, None where it has none now."""
+        if self._supervisor is not None:
+            return {member.host_id: member.actor for member in self._supervisor.members.values()}
+        self._refresh()
+        names = [f"host-{index}" for index in range(self.config.hosts)]
+        return {host: self._known[host][1] if host in self._known else None for host in names}
+
+    def _publish_again(self) -> None:
+        """A host has no sibling to take its weights from: a watched folder has them still."""
+        if self._watch is not None:
+            self._watch.take_up_again()
+
+    def _stop_looking(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._supervisor is not None:
+            self._supervisor.stop()
+        if self._observation is not None:
+            self._observation.stop()
+        if self._whereabouts is not None:
+            self._whereabouts.remove()
+
+    def _leave(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._stop_looking()
+        for host in self._rotation.hosts():
+            self._rotation.take_out(host)
+        if self._owns_ray:
+            ray.shutdown()
+        if self._reaper is not None:
+            self._reaper.dismiss()
 
 
-def roster_of(config: RolloutConfig, introductions: Sequence[Introduction]) -> Roster:
-    """Where learners find the hosts, and on what terms."""
-    assert config.weights.transport is not None
-    return Roster(
-        name=config.name,
-        transport=config.weights.transport,
-        hosts=tuple(
-            RosterHost(id=entry.host_id, address=entry.address) for entry in introductions if entry.address is not None
-        ),
-        bucket_bytes=config.weights.bucket_mib << 20,
-        deadline_s=config.deadlines.message_s,
-        silence_s=config.deadlines.silence_s,
-    )
+_STATES = {
+    Stage.DOWN: "dead",
+    Stage.LEFT_OUT: "left out",
+    Stage.STARTING: "starting",
+    Stage.JOINING: "holding",
+    Stage.HOLDING: "holding",
+    Stage.SERVING: "dead",
+}
+"""What a status says where the host itself does not say it."""
 
 
-def _gone(host_id: str, why: str) -> HostStatus:
+def _ray_address(name: str) -> str:
+    """Of the cluster that a fleet is in; Ray looks for one itself where that is not known."""
+    known = Whereabouts.read(name)
+    if known is None:
+        return "auto"
+    if known.ray_auth_mode and RAY_AUTH_MODE not in os.environ:
+        # Ray follows a cluster that it finds itself, and not one that is named to it. It read the variable on import.
+        os.environ[RAY_AUTH_MODE] = known.ray_auth_mode
+        ray._raylet.Config.initialize("")
+    return known.ray_address
+
+
+def _introduction(name: str) -> Introduction:
+    """What a living host of a fleet says of itself.
+
+    Raises:
+        FleetNotFound: there is none.
+        DeadlineExceeded: none answers.
+    """
+    until = time.monotonic() + CONNECT_S
+    while mine := named_hosts(name):
+        calls = [Call(actor.introduce.remote()) for actor in (find_actor(full) for _, full in mine.values()) if actor]
+        while calls and time.monotonic() < until:
+            outcomes = [outcome for call in calls if (outcome := call.outcome()) is not None]
+            answers = [outcome.value for outcome in outcomes if not outcome.error]
+            if answers:
+                found: Introduction = answers[0]
+                return found
+            if len(outcomes) == len(calls):
+                break
+            time.sleep(GLANCE_S / 4)
+        if time.monotonic() > until:
+            raise DeadlineExceeded(f"a host of fleet {name!r} to introduce itself", CONNECT_S)
+    others = sorted({full.rpartition("/")[0] for full in named_actors()})
+    raise FleetNotFound(f"no fleet {name!r} in this Ray cluster; fleets here: {', '.join(others) or 'none'}")
+
+
+def _log_update(report: PublishReport) -> None:
+    logger.info("took up %s in %.1f s", report.version, report.seconds)
+
+
+def _log_error(error: StepNotTaken) -> None:
+    logger.warning("%s", error)
+
+
+def _gone(host_id: str, state: str, why: str) -> HostStatus:
     return HostStatus(
         host_id=host_id,
-        state="dead",
+        state=state,
         version=None,
         running=0,
         waiting=0,

@@ -105,6 +105,7 @@ class Host:
             parameters=model.parameters,
             serving=self,
             version=None if hold else version,
+            wire_dtypes=model.wire_dtypes,
             silence_s=config.deadlines.silence_s,
         )
         self._door = open_door(config, self._receiver)
@@ -238,9 +239,13 @@ class Host:
         Raises:
             DeadlineExceeded: the step did not end in time.
         """
-        if self._door is not None:
-            self._door.close()
-        self._loop.stop(self.config.deadlines.stop_s)
+        try:
+            if self._door is not None:
+                self._door.close(self.config.deadlines.stop_s)
+        except PauseDeadlineExceeded as error:
+            raise DeadlineExceeded(f"its weight updates to end: {error}", self.config.deadlines.stop_s) from error
+        finally:
+            self._loop.stop(self.config.deadlines.stop_s)
 
     # What the receiver asks of its host (weights.serving.Serving).
 
@@ -262,7 +267,10 @@ class Host:
         self._torn = ""
 
     def torn(self, reason: str) -> None:
-        """Inside the pause: the parameters hold a mixture; serve nothing until the next commit."""
+        """Serve nothing until the next commit: the parameters hold a mixture, or the siblings may hold others.
+
+        Inside the pause or, where none can be had or is needed, without one: it never waits.
+        """
         self._loop.serving = False
         self._torn = reason
         self._updates.torn += 1

@@ -79,7 +79,8 @@ class Engine:
         Raises:
             ValueError: the sequence can never run here: too long, or tokens outside the vocabulary.
         """
-        validate_fits(sequence, self.config, self.model.spec.vocab_size)
+        spec = self.model.spec
+        validate_fits(sequence, self.config, context_length=spec.context_length, vocab_size=spec.vocab_size)
 
     def add(self, *sequences: Sequence) -> None:
         """Queues sequences that `validate` has seen."""

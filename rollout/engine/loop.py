@@ -27,7 +27,9 @@ class EngineLoop:
     def __init__(self, engine: Engine, *, finished: Callable[[Sequence], None], failed: Callable[[str], None]) -> None:
         self.engine = engine
         self.serving = True
-        """False while the parameters are torn: requests wait, no step runs. Written only inside `paused()`."""
+        """False while the host may not serve: requests wait, no step runs. Set True only inside `paused()`; False at
+        any time and from any thread: a step that runs ends, and no other begins.
+        """
         self._finished = finished
         self._failed = failed
         self._actions: deque[Callable[[Engine], None]] = deque()

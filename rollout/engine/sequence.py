@@ -180,11 +180,16 @@ def extend_spans(spans: list[VersionSpan], version: WeightVersion, start: int, s
     spans.append(VersionSpan(version=version, start=start, stop=stop))
 
 
-def validate_fits(sequence: Sequence, config: EngineConfig, vocab_size: int) -> None:
+def validate_fits(sequence: Sequence, config: EngineConfig, *, context_length: int, vocab_size: int) -> None:
     """Raises ValueError where a sequence can never run: too long for the context or the cache, or tokens that the
     model has not got."""
     name, prompt_length = f"prompt {sequence.prompt.id!r}", len(sequence.prompt.token_ids)
     room = config.blocks * config.block_size
+    if sequence.longest > context_length:
+        raise ValueError(
+            f"{name}: {prompt_length} prompt tokens and max_tokens={sequence.params.max_tokens} exceed the "
+            f"{context_length} positions that the model was made for; shorten one of them"
+        )
     if sequence.longest > config.max_context:
         raise ValueError(
             f"{name}: {prompt_length} prompt tokens and max_tokens={sequence.params.max_tokens} exceed "

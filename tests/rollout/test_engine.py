@@ -264,6 +264,12 @@ def test_a_prompt_that_can_never_run_is_refused(tokens: list[int], fields: dict[
         engine.validate(sequence(0, tokens, **fields))
 
 
+def test_a_prompt_longer_than_the_model_was_made_for_is_refused() -> None:
+    engine = engine_of(tiny_model(qwen3_config(max_position_embeddings=32), 13))
+    with pytest.raises(ValueError, match="30 prompt tokens and max_tokens=8 exceed the 32 positions that the model"):
+        engine.validate(sequence(0, [1] * 30, max_tokens=8))
+
+
 def test_a_prompt_larger_than_the_cache_is_refused() -> None:
     engine = engine_of(tiny_model(qwen3_config(), 13), kv_blocks=3)
     with pytest.raises(ValueError, match=r"keys and values of 17 tokens, the KV cache holds 12"):

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,23 @@ from checkpoints import perturb_, qwen3_config, save, tiny_model
 from replay import replayed_logprobs
 from transformers import PreTrainedModel
 
-from rollout import Completion, Fleet, FleetNotFound, HostDied, Prompt, RolloutConfig, SamplingParams
+from rollout import (
+    Completion,
+    FinishReason,
+    Fleet,
+    FleetNotFound,
+    FleetStatus,
+    HostDied,
+    Prompt,
+    RolloutConfig,
+    SamplingParams,
+)
 from rollout.model.hosted import HostedModel
 from weights.naming import to_wire
 from weights.publisher import Publisher
+from weights.rendezvous import runtime_directory
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time on a machine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -86,6 +102,7 @@ def test_a_prompt_that_cannot_run_stops_the_whole_call_before_it_begins(fleet: F
         fleet.generate([*prompts(5), Prompt(id="bad", token_ids=(9999,))], SamplingParams(max_tokens=2))
     with pytest.raises(ValueError, match="these come twice: p0"):
         fleet.generate([*prompts(2), *prompts(1)], SamplingParams(max_tokens=2))
+    assert len(fleet.score([[1, 2], [1, 2]])) == 2  # both engines have had a turn since
     assert [(host.running, host.waiting) for host in fleet.status().hosts] == [(0, 0), (0, 0)]
 
 
@@ -165,23 +182,109 @@ def test_a_closed_stream_cancels_what_still_runs(fleet: Fleet) -> None:
     assert [(host.running, host.waiting) for host in fleet.status().hosts] == [(0, 0), (0, 0)]
 
 
-def test_a_host_that_dies_is_named_with_its_requests_and_the_others_carry_on(
-    config: RolloutConfig, fleet: Fleet
+def await_serving(fleet: Fleet, hosts: int = 2) -> FleetStatus:
+    """Waits until every host serves the same version again."""
+    ends_at = time.monotonic() + 60
+    while (status := fleet.status()).version is None:
+        assert time.monotonic() < ends_at, status
+        time.sleep(0.1)
+    assert len(status.hosts) == hosts
+    return status
+
+
+def test_a_host_that_dies_is_named_with_its_requests_and_comes_back_at_the_fleets_version(
+    fleet: Fleet, learner: PreTrainedModel, folder: Path
 ) -> None:
-    """The last test of this module: it takes a host away."""
-    stream = fleet.generate(prompts(16), SamplingParams(n=2, max_tokens=120, ignore_eos=True))
-    victim = fleet.status().hosts[0]
-    os.kill(victim.process, signal.SIGKILL)
-    completions: list[Completion] = []
-    with pytest.raises(HostDied, match="host-0 died; requests without an answer: p") as caught:
-        completions.extend(stream)
-    answered = {(c.prompt_id, c.sample) for c in completions}
-    assert answered.isdisjoint(caught.value.request_ids)
-    assert answered | set(caught.value.request_ids) == {(f"p{i}", s) for i in range(16) for s in range(2)}
-    assert sum(c.host_id == "host-1" for c in completions) == 16
-    status = fleet.status()
-    assert [host.state for host in status.hosts] == ["dead", "idle"]
-    assert status.version is None
+    perturb_(learner, 40)
+    with Publisher.connect(fleet.name, run="before-the-death") as publisher:
+        version = publisher.publish(learner, step=5).version
+    with guest(fleet.name) as theirs:
+        before = theirs.ask()
+        stream = fleet.generate(prompts(16), SamplingParams(n=2, max_tokens=120, ignore_eos=True))
+        victim = fleet.status().hosts[0]
+        os.kill(victim.process, signal.SIGKILL)
+        completions: list[Completion] = []
+        with pytest.raises(HostDied, match="host-0 died; requests without an answer: p") as caught:
+            completions.extend(stream)
+        answered = {(c.prompt_id, c.sample) for c in completions}
+        assert answered.isdisjoint(caught.value.request_ids)
+        assert answered | set(caught.value.request_ids) == {(f"p{i}", s) for i in range(16) for s in range(2)}
+        assert sum(c.host_id == "host-1" for c in completions) == 16
+        again = list(fleet.generate(prompts(4), SamplingParams(max_tokens=3)))  # at once: by those that are left
+        assert {c.host_id for c in again} == {"host-1"}
+
+        status = await_serving(fleet)
+        assert status.version == version, "the checkpoint's would be stale"
+        assert status.hosts[0].process != victim.process
+        assert [incident.host_id for incident in status.incidents] == ["host-0"] * 2
+        assert "is started again" in status.incidents[0].what
+        both = list(fleet.generate(prompts(10), SamplingParams(max_tokens=3)))
+        assert {c.host_id for c in both} == {"host-0", "host-1"}
+        assert {span.version for c in both for span in c.version_spans} == {version}
+        assert fleet.verify() == dict.fromkeys(("host-0", "host-1"), (version, version.digest))
+        assert before["hosts"] == theirs.ask()["hosts"] == ["host-0", "host-1"], "a guest finds it at its next call"
+
+
+def test_cancelled_prompts_come_back_as_aborted_and_the_others_end(fleet: Fleet) -> None:
+    stream = fleet.generate(prompts(12), SamplingParams(n=2, max_tokens=100, ignore_eos=True))
+    stream.cancel(["p0", "p1", "nobody"])
+    completions = list(stream)
+    assert {c.prompt_id for c in completions if c.finish_reason == FinishReason.ABORT} == {"p0", "p1"}
+    assert Counter(c.prompt_id for c in completions) == {f"p{i}": 2 for i in range(12)}
+
+
+def test_the_end_is_quick_and_twice_is_once(
+    config: RolloutConfig, fleet: Fleet, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    short = Fleet.launch(replace(config, name=f"{config.name}-short", hosts=1))
+    process = short.status().hosts[0].process
+    began = time.monotonic()
+    short.shutdown()
+    assert time.monotonic() - began < 5
+    short.shutdown()
+    assert not Path(f"/proc/{process}").exists() or Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    assert not [path.name for path in runtime_directory().iterdir() if "-short" in path.name]
+    assert fleet.status().version is not None, "the other fleet of this Ray goes on"
+
+
+@contextmanager
+def guest(name: str) -> Iterator["Guest"]:
+    guest = Guest(name)
+    try:
+        yield guest
+    finally:
+        guest.process.communicate()
+
+
+class Guest:
+    """A trainer in another process; says which hosts answered whenever it is asked."""
+
+    CODE = """
+        import json, sys
+        from rollout import Fleet, Prompt, SamplingParams
+        with Fleet.connect(sys.argv[1]) as fleet:
+            for line in sys.stdin:
+                prompts = [Prompt(id=str(i), token_ids=(1, 2, 3)) for i in range(8)]
+                found = {c.host_id for c in fleet.generate(prompts, SamplingParams(max_tokens=2))}
+                print(json.dumps({"hosts": sorted(found)}), flush=True)
+    """
+
+    def __init__(self, name: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(self.CODE), name],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self) -> dict[str, object]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer: dict[str, object] = json.loads(self.process.stdout.readline())
+        return answer
 
 
 def test_a_checkpoint_that_cannot_be_hosted_is_the_callers_error_and_leaves_nothing(

@@ -269,6 +269,18 @@ def test_what_a_commit_ends_is_delivered(hosted: Hosted, monkeypatch: pytest.Mon
     assert reasons == dict.fromkeys(["p0", "p1", "p2"], FinishReason.ABORT) | {"stale": FinishReason.STALE}
 
 
+def test_a_checkpoint_and_the_publishing_of_its_very_tensors_have_one_digest(tmp_path: Path, runtime: Path) -> None:
+    hosted = Hosted(tiny_model(qwen3_config(), 3, torch.bfloat16), tmp_path / "checkpoint")
+    try:
+        loaded, found = hosted.host.verify()
+        assert loaded is not None
+        assert found == loaded.digest
+        assert hosted.publisher.publish(hosted.learner, step=1).version.digest == loaded.digest
+    finally:
+        hosted.publisher.close()
+        hosted.host.stop()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_rl_mode_hosts_the_gate_in_fp32_and_widens_what_is_sent(
     dtype: torch.dtype, tmp_path: Path, runtime: Path
