@@ -18,12 +18,14 @@ import ray
 
 from rollout.actor import NAMESPACE, Call, Placement, ask, find_actor, named_actors, named_hosts
 from rollout.balance import Rotation
-from rollout.config import RolloutConfig, resolve_rl_mode
+from rollout.config import RolloutConfig
 from rollout.errors import DeadlineExceeded, FleetNotFound, HostGone, StepNotTaken
 from rollout.host import Introduction, uses_gpu
 from rollout.metrics import FleetMetrics, Observation
+from rollout.prospect import prospect_of
 from rollout.reaper import Reaper
 from rollout.request import Prompt, SamplingParams, Score
+from rollout.statement import statement
 from rollout.status import FleetStatus, HostStatus
 from rollout.stream import CompletionStream
 from rollout.supervisor import Stage, Supervisor
@@ -85,12 +87,15 @@ class Fleet:
             ConfigError: the configuration and the environment contradict each other, or there is no such checkpoint.
             ValueError: the checkpoint cannot be hosted, or its routing cannot be matched; the message names what is
             in the way.
+            CheckpointError: the checkpoint's files are missing, broken, or not what its config.json says.
             DeadlineExceeded: a host did not report in time.
         """
-        rl_mode, hints = resolve_rl_mode(config, os.environ)
-        config = replace(config, rl_mode=rl_mode, model=os.path.abspath(config.model))
-        for hint in hints:
+        prospect = prospect_of(config, os.environ)
+        config = prospect.config
+        for hint in prospect.hints:
             logger.warning(hint)
+        for row in statement(config, prospect.spec, prospect.trainers, prospect.platform):
+            logger.info("bits of %s: %s: %s", row.operation, row.verdict, row.why)
         swept = (*sweep(), *sweep_whereabouts())
         if swept:
             logger.info("removed what fleets that died had left: %s", ", ".join(swept))

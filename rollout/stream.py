@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Self
 
 from rollout.actor import ask, first_answered
@@ -27,7 +28,7 @@ class Leg:
 
 
 class CompletionStream:
-    """Completions of one `generate`, as they finish. Closing it ends what still runs.
+    """Completions of one `generate`, as they finish. Closing it, or leaving its `with` block, ends what still runs.
 
     Raises, once everything that other hosts had is out: HostDied for a lost process, HostFailed for a host that
     stopped.
@@ -73,6 +74,14 @@ class CompletionStream:
                 self._end()
             self._gather()
         return self._ready.pop(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def cancel(self, prompt_ids: Sequence[str]) -> None:
         """Ends every sample of these prompts where it stands; they come back as aborted."""

@@ -14,9 +14,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the replay that judges is the tests' own
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the replay that judges is the tests' own
-
 import torch  # noqa: E402
 from ordeal.soak import Soak  # noqa: E402
 

@@ -4,10 +4,10 @@ import argparse
 import os
 
 from rollout.cli.memory import HostMemory, Room, host_memory, refuse_shortage, room
-from rollout.cli.prospect import Prospect, prospect_of
 from rollout.cli.terminal import amount, show, show_json, show_table
 from rollout.config import RolloutConfig
 from rollout.model.storage import parameter_count
+from rollout.prospect import Prospect, prospect_of
 from rollout.statement import Row, first_moe, statement
 from routing import GateSpec, ReduceKind, RouterSpec
 

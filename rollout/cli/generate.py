@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from rollout.cli.connect import connect
 from rollout.cli.memory import host_memory, refuse_shortage, room
 from rollout.cli.prompts import add_prompt_options, prompts_of, sampling_of
-from rollout.cli.prospect import prospect_of
 from rollout.cli.stopping import stoppable
 from rollout.cli.terminal import progress, say, show, show_json
 from rollout.cli.text import Text
@@ -17,6 +16,7 @@ from rollout.config import RolloutConfig
 from rollout.fleet import Fleet
 from rollout.model.checkpoint import read_config
 from rollout.model.families import decoder_spec
+from rollout.prospect import prospect_of
 from rollout.request import Completion, FinishReason, Prompt, SamplingParams
 
 NAME = "generate"

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from rollout.cli.background import launch_in_background
 from rollout.cli.memory import host_memory, refuse_shortage, room
-from rollout.cli.prospect import prospect_of
 from rollout.cli.stopping import stoppable
 from rollout.cli.terminal import say
 from rollout.config import RolloutConfig
 from rollout.errors import ConfigError
 from rollout.fleet import Fleet
+from rollout.prospect import prospect_of
 from rollout.whereabouts import Whereabouts
 
 NAME = "launch"

@@ -6,7 +6,7 @@ import pytest
 from ordeal.driver_faults import strike_driver
 from ordeal.table import DRIVER_CELLS, Cell
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time on a machine
+pytestmark = pytest.mark.ray
 
 
 @pytest.mark.parametrize("cell", DRIVER_CELLS, ids=str)

@@ -6,7 +6,7 @@ import pytest
 from ordeal.arena import Arena
 from ordeal.table import DRIVER_CELLS, PROCESS_CELLS, Cell
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time on a machine
+pytestmark = pytest.mark.ray
 
 IN_ONE_FLEET = [cell for cell in PROCESS_CELLS if cell not in DRIVER_CELLS]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time on a machine
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

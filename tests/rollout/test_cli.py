@@ -18,13 +18,13 @@ from rollout.cli import main
 from rollout.cli.fault import described, one_line
 from rollout.cli.memory import HostMemory, Room, available_bytes, host_memory, refuse_shortage
 from rollout.cli.prompts import prompts_of
-from rollout.cli.prospect import prospect_of
 from rollout.cli.stopping import stoppable
 from rollout.cli.terminal import amount
 from rollout.cli.text import Text
 from rollout.cli.verify import judged
 from rollout.errors import ConfigError, DeadlineExceeded, HostFailed
 from rollout.model.hosted import HostedModel
+from rollout.prospect import prospect_of
 from rollout.status import FleetStatus
 from rollout.whereabouts import Whereabouts, fleets_here
 from weights.digest import Digest

@@ -25,7 +25,7 @@ from rollout.metrics import METRICS, Kind
 from rollout.whereabouts import Whereabouts
 from weights.disk import write_step
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time on a machine
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEADLINE_S = 120.0

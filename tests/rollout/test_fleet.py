@@ -34,7 +34,7 @@ from weights.naming import to_wire
 from weights.publisher import Publisher
 from weights.rendezvous import runtime_directory
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time on a machine
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
