@@ -6,7 +6,6 @@ starts lost hosts again, and its shutdown (or its end) ends them all.
 
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,11 +15,12 @@ from typing import Any, Self
 
 import ray
 
-from rollout.actor import NAMESPACE, Call, Placement, ask, find_actor, named_actors, named_hosts
+from rollout.actor import NAMESPACE, Placement, ask
 from rollout.balance import Rotation
 from rollout.config import RolloutConfig
+from rollout.discovery import Discovery, introduction_of
 from rollout.errors import DeadlineExceeded, FleetNotFound, HostGone, StepNotTaken
-from rollout.host import Introduction, uses_gpu
+from rollout.host import uses_gpu
 from rollout.metrics import FleetMetrics, Observation
 from rollout.prospect import prospect_of
 from rollout.reaper import Reaper
@@ -39,8 +39,6 @@ from weights.version import WeightVersion
 RAY_AUTH_MODE = "RAY_AUTH_MODE"
 """Ray's variable; a cluster that asks for its token turns everybody else away."""
 CONNECT_S = 30.0
-GLANCE_S = 0.1
-"""Between two looks for a host that takes work, where there is none."""
 logger = logging.getLogger("rollout")
 
 
@@ -67,9 +65,8 @@ class Fleet:
         self._detached = False
         self._reaper: Reaper | None = None
         """Where this process started its own Ray."""
-        self._known: dict[str, tuple[int, Any]] = {}
-        """In a process that only connected: host id -> (how many times started again, its actor)."""
-        self._knocking: dict[str, Call] = {}
+        self._discovery = Discovery(config.name, self._rotation, self._placement)
+        """How a process that only connected knows the hosts; the launcher has its supervisor."""
         self._closed = False
 
     @classmethod
@@ -167,8 +164,8 @@ class Fleet:
                     f"fleet {name!r}: no running Ray cluster found; launch the fleet first, or set RAY_ADDRESS"
                 ) from error
         try:
-            fleet = cls(_introduction(name).config, owns_ray=owns_ray)
-            fleet._rotation_now(CONNECT_S)
+            fleet = cls(introduction_of(name, CONNECT_S).config, owns_ray=owns_ray)
+            fleet._discovery.await_host(CONNECT_S)
         except BaseException:
             if owns_ray:
                 ray.shutdown()
@@ -251,7 +248,8 @@ class Fleet:
         Raises:
             HostGone, DeadlineExceeded: a host does not answer.
         """
-        self._refresh()
+        if self._supervisor is None:
+            self._discovery.look()
         refs = {host: actor.verify.remote() for host, actor in self._rotation.hosts().items()}
         deadline_s = self.config.deadlines.progress_s
         return {host: ask(ref, f"{host} to recompute its digest", deadline_s) for host, ref in refs.items()}
@@ -297,61 +295,19 @@ class Fleet:
         """A host that takes work, and its actor, for each item."""
         deadlines = self.config.deadlines
         if self._supervisor is None:
-            self._rotation_now(deadlines.start_s)
+            self._discovery.await_host(deadlines.start_s)
             return self._rotation.place(weights, 0, self._absence)
         return self._rotation.place(weights, deadlines.start_s, self._absence)
 
     def _absence(self) -> str:
         return "its hosts are being started again" if self._supervisor is None else self._supervisor.absence()
 
-    def _rotation_now(self, wait_s: float) -> None:
-        """In a process that only connected: finds out which hosts take work, and waits until one does.
-
-        Raises:
-            DeadlineExceeded: none did in time.
-        """
-        until = time.monotonic() + wait_s
-        self._refresh()
-        while not self._rotation.hosts():
-            if time.monotonic() > until:
-                raise DeadlineExceeded(f"a host of {self.name} that takes work", wait_s)
-            time.sleep(GLANCE_S)
-            self._refresh()
-
-    def _refresh(self) -> None:
-        """In a process that only connected: hosts that ended leave, those started again come, once admitted."""
-        if self._supervisor is not None:
-            return
-        found = named_hosts(self.name)
-        for host, (incarnation, actor) in list(self._known.items()):
-            if found.get(host, (None, ""))[0] != incarnation:
-                self._rotation.take_out(host, actor)
-                del self._known[host]
-                self._knocking.pop(host, None)
-        for host, (incarnation, full) in found.items():
-            if host not in self._known:
-                actor = find_actor(full)
-                if actor is not None:
-                    self._known[host] = (incarnation, actor)
-                    self._knocking[host] = self._placement.call(actor, "admitted")
-                    self._knocking[host].outcome(GLANCE_S)
-        for host, call in list(self._knocking.items()):
-            actor = self._known[host][1]
-            outcome = call.outcome()
-            if outcome is not None and not outcome.value:
-                self._knocking[host] = self._placement.call(actor, "admitted")  # it was not when it was asked
-                outcome = self._knocking[host].outcome(GLANCE_S)
-            if outcome is not None and outcome.value:
-                self._rotation.put(host, actor)
-                del self._knocking[host]
-
     def _all_hosts(self) -> dict[str, Any]:
         """Every host that the configuration names -> its actor, None where it has none now."""
         if self._supervisor is not None:
             return {member.host_id: member.actor for member in self._supervisor.members.values()}
-        self._refresh()
-        names = [f"host-{index}" for index in range(self.config.hosts)]
-        return {host: self._known[host][1] if host in self._known else None for host in names}
+        self._discovery.look()
+        return {f"host-{index}": self._discovery.actors.get(f"host-{index}") for index in range(self.config.hosts)}
 
     def _publish_again(self) -> None:
         """A host has no sibling to take its weights from: a watched folder has them still."""
@@ -403,31 +359,6 @@ def _ray_address(name: str) -> str:
         os.environ[RAY_AUTH_MODE] = known.ray_auth_mode
         ray._raylet.Config.initialize("")
     return known.ray_address
-
-
-def _introduction(name: str) -> Introduction:
-    """What a living host of a fleet says of itself.
-
-    Raises:
-        FleetNotFound: there is none.
-        DeadlineExceeded: none answers.
-    """
-    until = time.monotonic() + CONNECT_S
-    while mine := named_hosts(name):
-        calls = [Call(actor.introduce.remote()) for actor in (find_actor(full) for _, full in mine.values()) if actor]
-        while calls and time.monotonic() < until:
-            outcomes = [outcome for call in calls if (outcome := call.outcome()) is not None]
-            answers = [outcome.value for outcome in outcomes if not outcome.error]
-            if answers:
-                found: Introduction = answers[0]
-                return found
-            if len(outcomes) == len(calls):
-                break
-            time.sleep(GLANCE_S / 4)
-        if time.monotonic() > until:
-            raise DeadlineExceeded(f"a host of fleet {name!r} to introduce itself", CONNECT_S)
-    others = sorted({full.rpartition("/")[0] for full in named_actors()})
-    raise FleetNotFound(f"no fleet {name!r} in this Ray cluster; fleets here: {', '.join(others) or 'none'}")
 
 
 def _log_update(report: PublishReport) -> None:

@@ -12,7 +12,7 @@ import torch
 from checkpoints import glm4_config, perturb_, qwen3_config, routers_watched, save, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay import load, replayed_logprobs
+from replay import agreement, load, replayed_logprobs
 from torch import Tensor
 
 from rollout.config import EngineConfig
@@ -396,3 +396,16 @@ def test_routing_of_shared_prompts_is_the_learners() -> None:
         assert completion.expert_ids is not None
         theirs = torch.stack([layer.expert_ids_TK for layer in routed], dim=1)
         assert torch.equal(torch.from_numpy(completion.expert_ids).long(), theirs)
+
+
+def test_a_replay_under_another_version_than_the_one_named_is_never_taken_for_a_near_tie() -> None:
+    run = Run(kv_blocks=40)
+    run.submit("one", (1, 2, 3), record_routing=True)
+    (completion,) = run.drain()
+    apart, skipped = agreement(completion, SCRATCH, run.weights)
+    assert (len(apart), skipped) == (8, 0)
+    assert max(apart) < 1e-5
+    mislabelled = {version(0): WIRES[1]}
+    apart, skipped = agreement(completion, SCRATCH, mislabelled)
+    assert (len(apart), skipped) == (8, 0)
+    assert max(apart) > 0.01
