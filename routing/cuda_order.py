@@ -1,4 +1,4 @@
-"""The orders in which eager PyTorch adds and ranks on CUDA, written out in plain operations on fp32 rows.
+"""The orders in which eager PyTorch adds and ranks on CUDA, written out in plain operations on fp32 or fp64 rows.
 
 Source: ATen's Reduce.cuh (sum), PersistentSoftmax.cuh (softmax), TensorTopK.cu (choice and slots), SortUtils.cuh
 (sorted slots); measured equal on an H200 with PyTorch 2.11. T rows, W their length, K slots.
@@ -13,7 +13,7 @@ SORT_WIRES = 32
 """torch.topk sorts up to 32 slots in a network of 32 wires; those past the last slot are invalid and end up last."""
 MAX_SUMMANDS = 64
 """Beyond it PyTorch adds in another order."""
-_INVALID = -1
+_INVALID = torch.iinfo(torch.int64).min
 
 
 def next_power_of_2(n: int) -> int:
@@ -35,6 +35,22 @@ def halving_sum(rows_TW: Tensor) -> Tensor:
     return x
 
 
+def adjacent_sum(rows_TW: Tensor) -> Tensor:
+    """[T, 1]: p[i] = x[i] + x[i + P] with P the largest power of two <= W (at most a warp), then p[0] + p[1], p[2] +
+    p[3] and so on, until one is left.
+
+    Eight elements are added as ((0+1)+(2+3))+((4+5)+(6+7)), six as ((0+4)+(1+5))+(2+3).
+    """
+    W = rows_TW.shape[1]
+    assert W <= MAX_SUMMANDS, W
+    lanes = min(1 << (W.bit_length() - 1), WARP)
+    x = pad(rows_TW + 0.0, (0, 2 * lanes - W))
+    x = x[:, :lanes] + x[:, lanes:]
+    while x.shape[1] > 1:
+        x = x[:, 0::2] + x[:, 1::2]
+    return x
+
+
 def softmax(rows_TW: Tensor) -> Tensor:
     """[T, W]: lane l of a warp adds exp(x[l] - max), exp(x[l + 32] - max), ... in order; lanes by halving; division."""
     T, W = rows_TW.shape
@@ -48,10 +64,12 @@ def softmax(rows_TW: Tensor) -> Tensor:
 
 
 def rank_key(rows_TW: Tensor) -> Tensor:
-    """int64, ordered as torch.topk ranks fp32 on CUDA: every NaN first, equal; then +inf ... +0.0, -0.0 ... -inf."""
-    bits = rows_TW.contiguous().view(torch.int32)
-    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return torch.where(rows_TW.isnan(), 0x7FFFFFFF, key).long()
+    """int64, ordered as torch.topk ranks on CUDA: every NaN first, equal; then +inf ... +0.0, -0.0 ... -inf."""
+    integers = {torch.float32: torch.int32, torch.float64: torch.int64}[rows_TW.dtype]
+    highest = torch.iinfo(integers).max
+    bits = rows_TW.contiguous().view(integers)
+    key = torch.where(bits < 0, bits ^ highest, bits)
+    return torch.where(rows_TW.isnan(), highest, key).long()
 
 
 def topk_unsorted(rows_TW: Tensor, k: int) -> Tensor:
@@ -71,7 +89,7 @@ def sort_slots(rows_TW: Tensor, slots_TK: Tensor) -> Tensor:
     if K == 1:
         return slots_TK
     values_TK = rows_TW.gather(1, slots_TK)
-    key = rank_key(torch.where(values_TK == 0, 0.0, values_TK)) + 2**31  # >= 0
+    key = rank_key(torch.where(values_TK == 0, 0.0, values_TK))
     keys = pad(key, (0, SORT_WIRES - K), value=_INVALID)
     slots = pad(slots_TK, (0, SORT_WIRES - K))
     size = 2

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Parts of the top-k kernel: rounding, ranking, sums and the sorting network, in the orders of routing.cuda_order.
 
-Nothing here relies on the order in which a Triton reduction adds: sums are written out, and tl.sum only ever picks one
-integer out of a row of zeros. BLOCK_T rows of a tile; N its width, a power of two.
+No sum relies on the order in which a Triton reduction adds: each tl.sum over numbers adds two. BLOCK_T rows of a tile;
+N its width, a power of two. A chain is held in fp32, or in fp64 where its dtype is fp64.
 """
 
 import triton
@@ -34,12 +34,33 @@ def log1p(x, LIBDEVICE: tl.constexpr):
     return result
 
 
+@triton.jit
+def sigmoid(x, LIBDEVICE: tl.constexpr):
+    return divided(tl.full(x.shape, 1.0, tl.float32), 1.0 + exp(-x, LIBDEVICE))
+
+
+@triton.jit
+def sqrt_softplus(x, CHAIN: tl.constexpr, LIBDEVICE: tl.constexpr):
+    softplus = tl.where(x > 20.0, x, log1p(exp(x, LIBDEVICE), LIBDEVICE))
+    return tl.math.sqrt_rn(rounded(softplus, CHAIN))
+
+
+@triton.jit
+def divided(x, y):
+    """IEEE division; Triton's own quotient of fp32 is off by up to 2 ulp."""
+    if x.dtype == tl.float64:
+        result = x / y
+    else:
+        result = tl.math.div_rn(x, y)
+    return result
+
+
 # bfloat16 is rounded and converted as integers, because the interpreter's own conversion truncates and loses subnormals
 
 
 @triton.jit
 def widened(x):
-    """Exactly, to fp32."""
+    """To fp32, exactly; fp64 is rounded."""
     if x.dtype == tl.bfloat16:
         result = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -48,9 +69,19 @@ def widened(x):
 
 
 @triton.jit
+def held(x, CHAIN: tl.constexpr):
+    """x rounded to CHAIN, in fp32 or fp64."""
+    if CHAIN == tl.float64:  # noqa: SIM300  (a parameter, not a constant)
+        result = x.to(tl.float64) if x.dtype == tl.float64 else widened(x).to(tl.float64)
+    else:
+        result = rounded(widened(x), CHAIN)
+    return result
+
+
+@triton.jit
 def narrowed(x, DTYPE: tl.constexpr):
-    """fp32 numbers that DTYPE can represent, in DTYPE."""
-    if DTYPE == tl.bfloat16:  # noqa: SIM300  (a parameter, not a constant)
+    """Numbers that DTYPE can represent, in DTYPE."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         result = (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         result = x.to(DTYPE)
@@ -59,8 +90,12 @@ def narrowed(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """fp32 -> the nearest number of DTYPE (ties to even), still held as fp32."""
-    if DTYPE == tl.bfloat16:  # noqa: SIM300  (a parameter, not a constant)
+    """fp32 -> the nearest number of DTYPE (ties to even), still held as fp32. fp64 becomes fp32 first, if not fp64."""
+    if DTYPE == tl.float64:  # noqa: SIM300
+        x = x.to(tl.float64)
+    else:
+        x = x.to(tl.float32)
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x != x, 0x7FC00000, nearest).to(tl.float32, bitcast=True)
@@ -70,17 +105,51 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def bits_of(x):
+    """int32 or int64."""
+    if x.dtype == tl.float64:
+        result = x.to(tl.int64, bitcast=True)
+    else:
+        result = x.to(tl.int32, bitcast=True)
+    return result
+
+
+@triton.jit
+def number_of(bits):
+    """The inverse of bits_of."""
+    if bits.dtype == tl.int64:
+        result = bits.to(tl.float64, bitcast=True)
+    else:
+        result = bits.to(tl.float32, bitcast=True)
+    return result
+
+
+@triton.jit
+def highest(like):
+    """The largest integer of that dtype: NaN's key."""
+    HIGHEST: tl.constexpr = 0x7FFFFFFFFFFFFFFF if like.dtype == tl.int64 else 0x7FFFFFFF
+    return HIGHEST
+
+
+@triton.jit
+def lowest(like):
+    """The smallest integer of that dtype: nobody's key."""
+    LOWEST: tl.constexpr = -0x8000000000000000 if like.dtype == tl.int64 else -0x80000000
+    return LOWEST
+
+
+@triton.jit
 def rank_key(x):
-    """int32 key, ordered as torch.topk ranks on CUDA. The lowest int32 is nobody's key."""
-    bits = x.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(x != x, 0x7FFFFFFF, key)
+    """Integers ordered as torch.topk ranks on CUDA: every NaN first, equal; then +inf ... +0.0, -0.0 ... -inf."""
+    bits = bits_of(x)
+    key = tl.where(bits < 0, bits ^ highest(bits), bits)
+    return tl.where(x != x, highest(bits), key)
 
 
 @triton.jit
 def ranked_value(key):
-    """The fp32 number with that key: the inverse of rank_key."""
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    """The number with that key: the inverse of rank_key."""
+    return number_of(tl.where(key < 0, key ^ highest(key), key))
 
 
 @triton.jit
@@ -90,19 +159,38 @@ def row_max(x):
 
 
 @triton.jit
-def halves(x, BLOCK_T: tl.constexpr, N: tl.constexpr):
-    """Two [BLOCK_T, N / 2] tiles: the left and the right half."""
-    return tl.split(tl.permute(tl.reshape(x, [BLOCK_T, 2, N // 2]), [0, 2, 1]))
-
-
-@triton.jit
 def halving_sum(x, BLOCK_T: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
     """[BLOCK_T, 1]: x[i] + x[i + N/2] until one is left."""
     x = x + 0.0  # accumulators start at +0.0
     for step in tl.static_range(LOG_N):
-        left, right = halves(x, BLOCK_T, N >> step)
-        x = left + right
-    return x
+        x = tl.sum(tl.reshape(x, [BLOCK_T, 2, (N >> step) // 2]), axis=1)
+    return _column(x, BLOCK_T)
+
+
+@triton.jit
+def _column(x, BLOCK_T: tl.constexpr):
+    """[BLOCK_T, 1]. Of one row it is made of a scalar, or the layout of a sum would spread over the tiles it meets."""
+    if BLOCK_T == 1:
+        x = tl.full([1, 1], tl.sum(tl.reshape(x, [1]), axis=0), x.dtype)
+    return tl.reshape(x, [BLOCK_T, 1])
+
+
+@triton.jit
+def slot_sum(
+    x, BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr, ADJACENT: tl.constexpr
+):
+    """[BLOCK_T, 1]: of WIDTH <= N slots, the rest zeros, as torch.sum adds them: by halving, or adjacent pairs."""
+    if ADJACENT:
+        x = x + 0.0
+        FOLDED: tl.constexpr = 0 if WIDTH == N else 1  # beyond the largest power of two: onto the first ones
+        if FOLDED:
+            x = tl.sum(tl.reshape(x, [BLOCK_T, 2, N // 2]), axis=1)
+        for step in tl.static_range(LOG_N - FOLDED):
+            x = tl.sum(tl.reshape(x, [BLOCK_T, (N >> (FOLDED + step)) // 2, 2]), axis=2)
+        result = _column(x, BLOCK_T)
+    else:
+        result = halving_sum(x, BLOCK_T, N, LOG_N)
+    return result
 
 
 @triton.jit
@@ -110,87 +198,81 @@ def softmax_slots(x, is_slot, BLOCK_T: tl.constexpr, N: tl.constexpr, LOG_N: tl.
     """Softmax over at most 32 slots, one to a lane. A NaN or +inf, or nothing but -inf, gives a row of NaN."""
     top = row_max(tl.where(is_slot, x, float("-inf")))
     exps = tl.where(is_slot, exp(x - top, LIBDEVICE), 0.0)
-    return tl.math.div_rn(exps, tl.broadcast_to(halving_sum(exps, BLOCK_T, N, LOG_N), [BLOCK_T, N]))
+    return divided(exps, tl.broadcast_to(halving_sum(exps, BLOCK_T, N, LOG_N), [BLOCK_T, N]))
 
 
 @triton.jit
-def picked(is_it, integers):
-    """[BLOCK_T, 1]: the one entry of each row where `is_it`. Of integers, so that NaN and -0.0 pass as bits."""
-    return tl.sum(tl.where(is_it, integers, 0), axis=1)[:, None]
+def places(order, slot, N: tl.constexpr):
+    """[BLOCK_T, N]: where each slot goes, if they are arranged by ascending `order`, numbers that are all different."""
+    place = tl.zeros_like(slot)
+    for step in tl.static_range(1, N):
+        place += (tl.gather(order, slot ^ step, axis=1) < order).to(tl.int32)
+    return place
 
 
 @triton.jit
-def kth_largest(word, K: tl.constexpr):
-    """[BLOCK_T, 1]: the k-th largest of int64 words that are all different."""
-    largest = tl.max(word, axis=1)[:, None]
-    for _ in tl.static_range(K - 1):
-        word = tl.where(word == largest, -0x8000000000000000, word)
-        largest = tl.max(word, axis=1)[:, None]
-    return largest
+def sources(place, slot, N: tl.constexpr):
+    """[BLOCK_T, N]: the inverse of `places`: the slot that comes to each place."""
+    source = slot
+    for step in tl.static_range(1, N):
+        source = tl.where(tl.gather(place, slot ^ step, axis=1) == slot, slot ^ step, source)
+    return source
 
 
 @triton.jit
-def in_kept_group(
-    word, e, E: tl.constexpr, BLOCK_T: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr,
-    TOP: tl.constexpr, TOP_P: tl.constexpr, LOG_TOP_P: tl.constexpr, CHOICE: tl.constexpr,
+def weighed(
+    w, ids, is_slot, expert_scale_ptr, BLOCK_T: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr,
+    LOG_K_P: tl.constexpr, SOFTMAX_CHOSEN: tl.constexpr, REDUCE: tl.constexpr, EPS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, SCALE: tl.constexpr, HAS_EXPERT_SCALE: tl.constexpr, ADJACENT: tl.constexpr,
+    CHAIN: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T, E_P]: whether the expert's group is one of the KEPT best. word: (rank key << 32) | falling index."""
-    group = e // (E // COUNT)
-    g = tl.arange(0, COUNT_P)[None, :]
-    place = tl.arange(0, TOP_P)[None, :]
-    group_key = tl.full([BLOCK_T, COUNT_P], -0x80000000, tl.int32)
-    for index in tl.static_range(COUNT):
-        members = tl.where((group == index)[None, :], word, -0x8000000000000000)
-        best = tl.zeros([BLOCK_T, TOP_P], tl.float32)
-        for rank in tl.static_range(TOP):
-            largest = tl.max(members, axis=1)[:, None]
-            members = tl.where(members == largest, -0x8000000000000000, members)
-            best = tl.where(place == rank, ranked_value((largest >> 32).to(tl.int32)), best)
-        if TOP > 1:
-            best = rounded(halving_sum(best, BLOCK_T, TOP_P, LOG_TOP_P), CHOICE)
-        group_key = tl.where(g == index, rank_key(best), group_key)
-    group_word = (group_key.to(tl.int64) << 32) | (COUNT_P - 1 - g)
-    kept_g = (group_word >= kth_largest(group_word, KEPT)).to(tl.int32)
-    kept = tl.zeros_like(word).to(tl.int32)
-    for index in tl.static_range(COUNT):
-        kept = tl.where((group == index)[None, :], picked(g == index, kept_g), kept)
-    return kept != 0
+    """[BLOCK_T, K_P]: chosen scores in slot order -> combine weights. Zeros beyond the slots come in and go out."""
+    if SOFTMAX_CHOSEN:
+        w = softmax_slots(rounded(w, tl.float32), is_slot, BLOCK_T, K_P, LOG_K_P, LIBDEVICE)
+        w = rounded(w, CHAIN)
+    if REDUCE == "softmax":
+        w = rounded(softmax_slots(w, is_slot, BLOCK_T, K_P, LOG_K_P, LIBDEVICE), CHAIN)
+    elif REDUCE != "none":
+        if REDUCE == "l1":
+            total = rounded(slot_sum(tl.abs(w), BLOCK_T, K, K_P, LOG_K_P, ADJACENT), CHAIN)
+        else:
+            total = rounded(slot_sum(w, BLOCK_T, K, K_P, LOG_K_P, ADJACENT), CHAIN)
+        if REDUCE == "sum_eps":
+            total = rounded(total + EPS, CHAIN)
+        if REDUCE == "clamped_sum":
+            total = tl.where(total < EPS, EPS, total)
+        w = rounded(divided(w, tl.broadcast_to(total, [BLOCK_T, K_P])), CHAIN)
+    if HAS_SCALE:
+        w = rounded(w * SCALE, CHAIN)
+    if HAS_EXPERT_SCALE:
+        w = rounded(w * held(tl.load(expert_scale_ptr + ids, mask=is_slot, other=0.0), CHAIN), CHAIN)
+    return w
 
 
 @triton.jit
-def sort_slots(word, bits, BLOCK_T: tl.constexpr):
-    """The bitonic network of routing.cuda_order.sort_slots over 32 wires.
+def sort_slots(key, ids, bits, BLOCK_T: tl.constexpr):
+    """The bitonic network of routing.cuda_order.sort_slots: tiles [BLOCK_T, 32], a wire to a column.
 
-    word: int64, (sort key, >= 0) << 16 | expert, or -1 on an invalid wire; bits: the score that travels along.
+    Keys decide, the lowest integer on the wires past the last slot; ids and the bits of the scores travel along. A tie
+    moves, and so the order of ties is what it is.
     """
     for stage in tl.static_range(1, 5):
         for step in tl.static_range(stage):
-            word, bits = _exchange(word, bits, BLOCK_T, 1 << (stage - 1 - step), 1 << (stage - 1))
+            key, ids, bits = _exchange(key, ids, bits, BLOCK_T, 1 << (stage - 1 - step), 1 << (stage - 1))
     for step in tl.static_range(5):
-        word, bits = _exchange(word, bits, BLOCK_T, 16 >> step, 0)
-    return word, bits
+        key, ids, bits = _exchange(key, ids, bits, BLOCK_T, 16 >> step, 0)
+    return ids, bits
 
 
 @triton.jit
-def _exchange(word, bits, BLOCK_T: tl.constexpr, STRIDE: tl.constexpr, UPWARD_BIT: tl.constexpr):
-    ROWS: tl.constexpr = 16 // STRIDE
-    first, second = _wire_pairs(word, BLOCK_T, STRIDE)
-    first_bits, second_bits = _wire_pairs(bits, BLOCK_T, STRIDE)
-    thread = tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, STRIDE)[None, :]
-    upward = ((thread & UPWARD_BIT) != 0)[None, :, :]
-    in_order = ((first >> 16) > (second >> 16)) | (second < 0)
-    moves = in_order == upward
-    word = _wires(tl.where(moves, second, first), tl.where(moves, first, second), BLOCK_T)
-    bits = _wires(tl.where(moves, second_bits, first_bits), tl.where(moves, first_bits, second_bits), BLOCK_T)
-    return word, bits
-
-
-@triton.jit
-def _wire_pairs(x, BLOCK_T: tl.constexpr, STRIDE: tl.constexpr):
-    """[BLOCK_T, 16 / STRIDE, STRIDE] twice: the wires that meet, `STRIDE` apart."""
-    return tl.split(tl.permute(tl.reshape(x, [BLOCK_T, 16 // STRIDE, 2, STRIDE]), [0, 1, 3, 2]))
-
-
-@triton.jit
-def _wires(first, second, BLOCK_T: tl.constexpr):
-    return tl.reshape(tl.permute(tl.join(first, second), [0, 1, 3, 2]), [BLOCK_T, 32])
+def _exchange(key, ids, bits, BLOCK_T: tl.constexpr, STRIDE: tl.constexpr, UPWARD_BIT: tl.constexpr):
+    wire = tl.broadcast_to(tl.arange(0, SORT_WIRES)[None, :], [BLOCK_T, SORT_WIRES])
+    thread = (wire // (2 * STRIDE)) * STRIDE + wire % STRIDE
+    is_first = (wire & STRIDE) == 0
+    other = tl.gather(key, wire ^ STRIDE, axis=1)
+    first, second = tl.where(is_first, key, other), tl.where(is_first, other, key)
+    in_order = (first > second) | (second == lowest(key))
+    moves = in_order == ((thread & UPWARD_BIT) != 0)
+    ids = tl.where(moves, tl.gather(ids, wire ^ STRIDE, axis=1), ids)
+    bits = tl.where(moves, tl.gather(bits, wire ^ STRIDE, axis=1), bits)
+    return tl.where(moves, other, key), ids, bits

@@ -7,7 +7,14 @@ from routing.spec import RouterSpec
 
 
 def check_operands(
-    values_TE: Tensor, spec: RouterSpec, *, dtype: torch.dtype, bias_E: Tensor | None, expert_scale_E: Tensor | None
+    values_TE: Tensor,
+    spec: RouterSpec,
+    *,
+    dtype: torch.dtype,
+    bias_E: Tensor | None,
+    expert_scale_E: Tensor | None,
+    num_tokens: Tensor | None = None,
+    counts_E: Tensor | None = None,
 ) -> None:
     """One ValueError naming everything that the spec cannot honour. `dtype` is that of logits, or of given scores."""
     E = spec.num_experts
@@ -34,6 +41,14 @@ def check_operands(
             faults.append(
                 f"expert_scale_E in {expert_scale_E.dtype}; it would widen the chain, which is {spec.chain_dtype}"
             )
+    if num_tokens is not None and (num_tokens.ndim, num_tokens.dtype) != (0, torch.int32):
+        faults.append(f"num_tokens of shape {tuple(num_tokens.shape)} in {num_tokens.dtype}; an int32 scalar expected")
+    if num_tokens is not None and num_tokens.device != values_TE.device:
+        faults.append(f"num_tokens on {num_tokens.device}; {values_TE.device} expected")
+    if counts_E is not None:
+        faults += _vector_faults("counts_E", counts_E, values_TE, E)
+        if counts_E.dtype != torch.int32:
+            faults.append(f"counts_E in {counts_E.dtype}; int32 expected")
     if faults:
         raise ValueError(f"routing: {'; '.join(faults)}")
 

@@ -17,14 +17,18 @@ def route(
     bias_E: Tensor | None = None,
     expert_scale_E: Tensor | None = None,
     topk_reduce_func: ReduceFunction | None = None,
+    num_tokens: Tensor | None = None,
+    counts_E: Tensor | None = None,
 ) -> Assignment:
     """Expert ids [T, K] int32 and combine weights [T, K] in the spec's weight dtype.
 
     The Triton kernel on CUDA, the reference on the CPU; the spec's platform must be the device's. logits_TE: in the
     spec's gate output dtype, rows at any stride. bias_E: fp32. expert_scale_E: no wider than the chain dtype.
     topk_reduce_func, or the function that the spec's reduce names, replaces the spec's reduce: see
-    routing.reduce_function. The scale applies in every case. ValueError for whatever cannot be honoured; no other
-    formula is ever used instead.
+    routing.reduce_function. The scale applies in every case. num_tokens: an int32 scalar tensor on the device, so that
+    a captured graph can serve fewer tokens than its batch; rows from there on are padding, with ids -1 and weights 0.
+    counts_E: int32 [E], to which the tokens of each expert are added, padding excepted; the caller zeroes it.
+    ValueError for whatever cannot be honoured; no other formula is ever used instead.
     """
     if logits_TE.device.type != spec.platform:
         raise ValueError(
@@ -35,9 +39,13 @@ def route(
     function = _function(spec, topk_reduce_func)
     if function is None:
         path = kernel_route if on_cuda else reference
-        return path(logits_TE, spec, bias_E=bias_E, expert_scale_E=expert_scale_E)
+        return path(
+            logits_TE, spec, bias_E=bias_E, expert_scale_E=expert_scale_E, num_tokens=num_tokens, counts_E=counts_E
+        )
     choose = kernel_chosen if on_cuda else reference_chosen
-    chosen = choose(logits_TE, spec, bias_E=bias_E, expert_scale_E=expert_scale_E)
+    chosen = choose(
+        logits_TE, spec, bias_E=bias_E, expert_scale_E=expert_scale_E, num_tokens=num_tokens, counts_E=counts_E
+    )
     return scaled(chosen.expert_ids_TK, normalise(chosen.scores_TK, function), spec, expert_scale_E)
 
 

@@ -13,8 +13,10 @@ from routing.terms import (
     GateSpec,
     GroupSpec,
     Platform,
+    ReduceKind,
     ScoreFunction,
     SlotOrder,
+    SumOrder,
     TopkReduce,
     member,
 )
@@ -25,6 +27,8 @@ MAX_CUDA_TOP_K = 32
 MAX_CUDA_EXPERTS = 1024
 """Beyond it eager softmax runs another kernel, with another order of summation."""
 
+CHAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 V = TypeVar("V")
 
 
@@ -34,13 +38,15 @@ class RouterSpec:
 
         logits = gate(hidden)                       gate
         scores = score(logits)                      chain_dtype
-        choice = scores + bias, groups masked       fp32 with a bias, else chain_dtype
+        choice = scores + bias, groups masked       at least fp32 with a bias, else chain_dtype
         ids    = topk(choice)                       slot_order
         w      = reduce(scores[ids])                chain_dtype
         w      = w * scale * expert_scale[ids]      from the left; never gated by the reduce
         w      = w.to(weight_dtype)
 
     For SOFTMAX_TOPK experts are chosen by their logits, and the softmax runs over the chosen ones before the reduce.
+    Scores are never computed in fp64: an fp64 chain holds the fp32 scores of `logits.float()`, as in Megatron-Core. Its
+    bias, comparisons, sums, quotients and products are fp64, and so are the logits that SOFTMAX_TOPK chooses by.
     """
 
     num_experts: int
@@ -57,6 +63,8 @@ class RouterSpec:
     """A factor per expert multiplies the weights last."""
     chain_dtype: torch.dtype = torch.float32
     """Every step from scores to scaled weights is rounded to it."""
+    sum_order: SumOrder = SumOrder.HALVING
+    """Of the slots, and of a group's best, on platform "cuda". On "cpu" PyTorch has one order and this says nothing."""
     weight_dtype: torch.dtype
     gate: GateSpec = field(default_factory=GateSpec)
     platform: Platform
@@ -70,12 +78,13 @@ class RouterSpec:
             faults += self._group_faults(self.groups)
         if self.scale is not None and not abs(self.scale) < float("inf"):
             faults.append(f"scale={self.scale}; a finite number or None expected")
-        if self.chain_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            faults.append(f"chain_dtype={self.chain_dtype}; float32, bfloat16 or float16 expected")
-        if self.weight_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            faults.append(f"weight_dtype={self.weight_dtype}; float32, bfloat16 or float16 expected")
-        if self.gate.output_dtype == torch.float64:
-            faults.append("gate.output_dtype=torch.float64; float32, bfloat16 or float16 expected")
+        for name, dtype in (("chain_dtype", self.chain_dtype), ("weight_dtype", self.weight_dtype)):
+            if dtype not in CHAIN_DTYPES:
+                faults.append(f"{name}={dtype}; float32, bfloat16, float16 or float64 expected")
+        if self.chain_dtype == torch.float64 and self.reduce.kind is ReduceKind.SOFTMAX:
+            faults.append("reduce=softmax in chain_dtype=torch.float64: no trainer's; softmax is computed in fp32 only")
+        if self.platform == "cpu" and self.sum_order is not SumOrder.HALVING:
+            faults.append(f"sum_order={self.sum_order} on platform 'cpu', where PyTorch has one order; leave it out")
         if self.platform not in ("cpu", "cuda"):
             faults.append(f"platform={self.platform!r}; 'cpu' or 'cuda' expected")
         if self.platform == "cuda" and (self.top_k > MAX_CUDA_TOP_K or self.num_experts > MAX_CUDA_EXPERTS):
@@ -104,7 +113,7 @@ class RouterSpec:
     @property
     def choice_dtype(self) -> torch.dtype:
         """In which experts and groups are compared."""
-        return torch.float32 if self.has_bias else self.chain_dtype
+        return torch.promote_types(self.chain_dtype, torch.float32) if self.has_bias else self.chain_dtype
 
     @cached_property
     def digest(self) -> str:
@@ -124,6 +133,7 @@ class RouterSpec:
             "scale": self.scale,
             "expert_scale": self.expert_scale,
             "chain_dtype": dtype_name(self.chain_dtype),
+            "sum_order": str(self.sum_order),
             "weight_dtype": dtype_name(self.weight_dtype),
             "gate": self.gate.to_plain(),
             "platform": self.platform,
@@ -153,9 +163,11 @@ class RouterSpec:
     ) -> Self:
         """What `trainer` computes for the checkpoint with this config (a config.json mapping, or transformers' object).
 
-        dtype: the model's; None takes the config's. platform: None takes "cuda" where there is a GPU, else "cpu".
-        gate: "fp32", as RL mode has it, or "trainer": operands and logits as the trainer's modules compute them in
-        `dtype`. ValueError for an unknown trainer or family, and for a config that leaves a number open.
+        trainer: a name in routing.trainers.TRAINERS. dtype: the model's; None takes the config's. platform: None takes
+        "cuda" where there is a GPU, else "cpu". gate: "fp32", as RL mode has it (fp64 where that is the trainer's), or
+        "trainer": operands and logits as the trainer's modules compute them in `dtype`. ValueError for an unknown
+        trainer or family, for a config that leaves a number open or asks for what the family's row cannot do, and for a
+        router that no spec describes, with the operation that stands in the way.
         """
         plain = preset(trainer, hf_config, model_dtype=None if dtype is None else dtype_name(dtype), gate=gate)
         here: Platform = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,6 +189,7 @@ READERS: Mapping[str, Callable[[str, object], object]] = {
     "scale": _optional(real),
     "expert_scale": truth,
     "chain_dtype": lambda _, value: dtype_named(value),
+    "sum_order": lambda _, value: member(SumOrder, value),
     "weight_dtype": lambda _, value: dtype_named(value),
     "gate": lambda _, value: GateSpec.from_plain(value),
     "platform": lambda _, value: value,

@@ -35,6 +35,15 @@ class SlotOrder(StrEnum):
     """torch.topk(sorted=False). On CUDA: those above the k-th value by ascending expert index, then the k-th valued."""
 
 
+class SumOrder(StrEnum):
+    """In which order eager PyTorch adds K slots on CUDA; which one depends on its release. W is a power of two."""
+
+    HALVING = "halving"
+    """Padded with zeros to W >= K, x[i] + x[i + W/2] until one is left: PyTorch 2.11 and 2.13."""
+    ADJACENT = "adjacent"
+    """p[i] = x[i] + x[i + W] for the largest W <= K, then p[i] + p[i + 1], + 2, + 4 ...: PyTorch to 2.9, and ROCm."""
+
+
 class GroupScore(StrEnum):
     """How a group of experts is scored."""
 
@@ -81,6 +90,9 @@ class GroupSpec:
     """How many of a group's best are summed; 1 for MAX."""
     mask_value: float = -math.inf
     """What replaces the selection value in other groups: -inf, or 0.0, which beats a negative biased score."""
+    masks_scores: bool = False
+    """Whether it replaces the score too: the weight of an expert that is chosen from another group all the same,
+    because nothing in the kept ones beats 0.0."""
 
     def __post_init__(self) -> None:
         faults = []
@@ -90,16 +102,25 @@ class GroupSpec:
             faults.append(f"top={self.top} with score={self.score}; top_sum needs top >= 1, max needs top = 1")
         if self.mask_value not in (-math.inf, 0.0):
             faults.append(f"mask_value={self.mask_value}; -inf or 0.0 expected")
+        if self.masks_scores and self.mask_value != 0.0:
+            faults.append(f"masks_scores with mask_value={self.mask_value}; 0.0 expected, -inf is no weight")
         if faults:
             raise ValueError(f"GroupSpec: {'; '.join(faults)}")
 
     def to_plain(self) -> dict[str, object]:
         mask = "-inf" if self.mask_value == -math.inf else 0.0
-        return {"count": self.count, "kept": self.kept, "score": str(self.score), "top": self.top, "mask_value": mask}
+        return {
+            "count": self.count,
+            "kept": self.kept,
+            "score": str(self.score),
+            "top": self.top,
+            "mask_value": mask,
+            "masks_scores": self.masks_scores,
+        }
 
     @classmethod
     def from_plain(cls, plain: object) -> Self:
-        """Inverse of to_plain; `score`, `top` and `mask_value` may be left out."""
+        """Inverse of to_plain; `score`, `top`, `mask_value` and `masks_scores` may be left out."""
         names = {field.name for field in dataclasses.fields(cls)}
         plain = check_keys("GroupSpec", plain, known=names, required={"count", "kept"})
         score = member(GroupScore, plain.get("score", GroupScore.TOP_SUM))
@@ -109,6 +130,7 @@ class GroupSpec:
             score=score,
             top=integer("top", plain.get("top", 2 if score is GroupScore.TOP_SUM else 1)),
             mask_value=real("mask_value", plain.get("mask_value", "-inf")),
+            masks_scores=truth("masks_scores", plain.get("masks_scores", False)),
         )
 
 
@@ -184,6 +206,8 @@ class GateSpec:
     """The dtype of the logits: that of the operands, or that of the sum."""
     tf32: bool = False
     """Whether fp32 operands may be truncated to TF32 on the way into the tensor cores."""
+    has_bias: bool = False
+    """A bias per expert is added by the linear layer itself, so it is part of the logits."""
 
     def __post_init__(self) -> None:
         faults = []
@@ -207,11 +231,12 @@ class GateSpec:
             "accumulate_dtype": dtype_name(self.accumulate_dtype),
             "output_dtype": dtype_name(self.output_dtype),
             "tf32": self.tf32,
+            "has_bias": self.has_bias,
         }
 
     @classmethod
     def from_plain(cls, plain: object) -> Self:
-        """Inverse of to_plain; what is left out is fp32 without TF32."""
+        """Inverse of to_plain; what is left out is fp32 without TF32 or bias."""
         names = {field.name for field in dataclasses.fields(cls)}
         plain = check_keys("GateSpec", plain, known=names, required=())
         return cls(
@@ -219,4 +244,5 @@ class GateSpec:
             accumulate_dtype=dtype_named(plain.get("accumulate_dtype", "float32")),
             output_dtype=dtype_named(plain.get("output_dtype", "float32")),
             tf32=truth("tf32", plain.get("tf32", False)),
+            has_bias=truth("has_bias", plain.get("has_bias", False)),
         )

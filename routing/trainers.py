@@ -1,167 +1,143 @@
-"""What each trainer computes for each model family, as data: one row per (trainer, family).
+"""What each trainer computes for each model family, as data: see routing.trainer_row and the tables in
+routing.trainer_rows.
 
-A row says where the checkpoint's config keeps each number and what the trainer does about it; `preset` turns a row and
-a config into the plain mapping of a RouterSpec. Another family, or another trainer, is another row.
+`preset` turns a row and a checkpoint's config into the plain mapping of a RouterSpec. Another family, or another
+trainer, is another row.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from routing.plain import nearest
+from routing.trainer_config import CheckpointConfig
+from routing.trainer_row import Row, Setting, Trainer
+from routing.trainer_rows.megatron import MEGATRON
+from routing.trainer_rows.paddle import PADDLE
+from routing.trainer_rows.prime_rl import PRIME_RL
+from routing.trainer_rows.torchtitan import TORCHTITAN
+from routing.trainer_rows.transformers import TRANSFORMERS
 
-Rounding = Literal["model", "float32", "logits"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One trainer's router for one model family. Dtypes are "float32", the "model" dtype, or that of the "logits"."""
-
-    trainer: str
-    model_type: str
-    source: str
-    """The module this row restates."""
-    num_experts_keys: tuple[str, ...]
-    """The config's names for the number of experts, in any release."""
-    top_k_key: str = "num_experts_per_tok"
-    score: str
-    has_bias: bool
-    """A correction bias that takes part in the choice only."""
-    group_count_key: str | None = None
-    group_kept_key: str | None = None
-    group_top: int = 2
-    """A group's score is the sum of this many of its best."""
-    slot_order: str
-    normalise_key: str | None
-    """The config's switch for the reduce; None: always on."""
-    normalise_default: bool = True
-    """What the trainer's config class assumes where the checkpoint says nothing."""
-    reduce: Mapping[str, object]
-    scale_key: str | None = None
-    gate_operand: Rounding
-    gate_output: Rounding
-    weight: Rounding
+TRAINERS: Mapping[str, Trainer] = {
+    trainer.name: trainer for trainer in (TRANSFORMERS, *MEGATRON, TORCHTITAN, PRIME_RL, *PADDLE)
+}
 
 
-ROWS: tuple[Row, ...] = (
-    Row(
-        trainer="transformers",
-        model_type="qwen3_moe",
-        source="transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter",
-        num_experts_keys=("num_local_experts", "num_experts"),
-        score="softmax",
-        has_bias=False,
-        slot_order="sorted",
-        normalise_key="norm_topk_prob",
-        normalise_default=False,  # the released checkpoints say true
-        reduce={"kind": "sum"},
-        gate_operand="model",
-        gate_output="model",
-        weight="logits",
-    ),
-    Row(
-        trainer="transformers",
-        model_type="glm4_moe",
-        source="transformers.models.glm4_moe.modeling_glm4_moe.Glm4MoeTopkRouter",
-        num_experts_keys=("n_routed_experts", "num_local_experts", "num_experts"),
-        score="sigmoid",
-        has_bias=True,
-        group_count_key="n_group",
-        group_kept_key="topk_group",
-        slot_order="unsorted",
-        normalise_key="norm_topk_prob",
-        reduce={"kind": "sum_eps", "eps": 1e-20},
-        scale_key="routed_scaling_factor",
-        gate_operand="float32",
-        gate_output="float32",
-        weight="float32",
-    ),
-)
+def trainer_named(name: str) -> Trainer:
+    """The trainer of that name; ValueError naming the nearest."""
+    if name not in TRAINERS:
+        raise ValueError(f"unknown trainer {name!r}; {nearest(name, TRAINERS)}. Or spell a RouterSpec out.")
+    return TRAINERS[name]
 
 
-def row_for(trainer: str, model_type: str) -> Row:
-    """The row of that trainer and family; ValueError naming the known ones."""
-    rows = {row.model_type: row for row in ROWS if row.trainer == trainer}
-    if not rows:
-        trainers = sorted({row.trainer for row in ROWS})
-        raise ValueError(f"unknown trainer {trainer!r}; {nearest(trainer, trainers)}. Or spell a RouterSpec out.")
-    if model_type not in rows:
-        raise ValueError(
-            f"no routing known for model_type {model_type!r} under trainer {trainer!r};"
-            f" known families: {', '.join(sorted(rows))}. Or spell a RouterSpec out."
-        )
-    return rows[model_type]
+def row_for(trainer: str, hf_config: object) -> Row:
+    """The row for the family of that config (a config.json mapping, or transformers' object).
+
+    ValueError for an unknown trainer or family, and for a family whose router cannot be said, naming the operation.
+    """
+    known, model_types = trainer_named(trainer), CheckpointConfig(hf_config).model_types
+    for model_type in model_types:
+        for row in known.rows:
+            if model_type in row.model_types:
+                return row
+        for refusal in known.refusals:
+            if model_type in refusal.model_types:
+                raise ValueError(
+                    f"the router of model_type {model_type!r} under trainer {trainer!r} cannot be said by a RouterSpec:"
+                    f" {refusal.why} ({refusal.source})"
+                )
+    families = ", ".join(sorted(name for row in known.rows for name in row.model_types))
+    raise ValueError(
+        f"no routing known for model_type {' or '.join(map(repr, model_types))} under trainer {trainer!r};"
+        f" known families: {families}. Or spell a RouterSpec out."
+    )
 
 
 def preset(trainer: str, hf_config: object, *, model_dtype: str | None, gate: str) -> dict[str, object]:
     """The plain mapping of a RouterSpec, without its platform.
 
-    `hf_config` is a config.json as a mapping, or transformers' config object. `model_dtype` None takes the config's.
-    `gate` is "fp32" (operands and logits in fp32 whatever the trainer does) or "trainer". ValueError for what the
-    config leaves open.
+    `model_dtype` None takes the config's. `gate` is "fp32" (operands and logits in fp32 whatever the trainer does; in
+    fp64 if that is what it does) or "trainer". ValueError for what the config leaves open, and for what it asks for and
+    the row cannot do.
     """
     if gate not in ("fp32", "trainer"):
         raise ValueError(f"gate={gate!r}; 'fp32' or 'trainer' expected")
-    config = _Config(hf_config)
-    row = row_for(trainer, str(config.required("model_type")))
-    model = model_dtype if model_dtype is not None else _model_dtype(config)
-    operand, output = ("float32", "float32") if gate == "fp32" else (row.gate_operand, row.gate_output)
-    dtypes = {"model": model, "float32": "float32"}
+    config, row = CheckpointConfig(hf_config), row_for(trainer, hf_config)
+    _check_demands(row, config)
+    is_widened = gate == "fp32" and row.gate.output != "float64"
+    operand, output = ("float32", "float32") if is_widened else (row.gate.operand, row.gate.output)
+    dtypes = {"float32": "float32", "float64": "float64"}
+    if "model" in (operand, output, row.chain, row.weight):
+        dtypes["model"] = model_dtype if model_dtype is not None else config.dtype()
     dtypes["logits"] = dtypes[output]
-    normalised = row.normalise_key is None or config.get(row.normalise_key, default=row.normalise_default)
+    top_k = config.value(row.top_k)
+    groups = _groups(row, config, top_k)
     return {
-        "num_experts": config.agreed(row.num_experts_keys),
-        "top_k": config.required(row.top_k_key),
+        "num_experts": _num_experts(row, config),
+        "top_k": top_k,
         "score": row.score,
-        "has_bias": row.has_bias,
-        "groups": _groups(row, config),
-        "slot_order": row.slot_order,
-        "reduce": row.reduce if normalised else {"kind": "none"},
-        "scale": None if row.scale_key is None else config.get(row.scale_key, default=1.0),
+        "has_bias": _switch(row.bias, config),
+        "groups": groups,
+        "slot_order": row.slot_order
+        if groups is None or row.groups is None
+        else row.groups.slot_order or row.slot_order,
+        "reduce": _reduce(row, config, top_k),
+        "scale": None if row.scale is None else config.value(row.scale),
+        "expert_scale": row.expert_scale,
+        "chain_dtype": dtypes[row.chain],
         "weight_dtype": dtypes[row.weight],
-        "gate": {"operand_dtype": dtypes[operand], "output_dtype": dtypes[output]},
+        "gate": {
+            "operand_dtype": dtypes[operand],
+            "accumulate_dtype": "float64" if output == "float64" else "float32",
+            "output_dtype": dtypes[output],
+            "tf32": row.gate.tf32 and not is_widened,
+            "has_bias": row.gate.has_bias,
+        },
     }
 
 
-def _groups(row: Row, config: "_Config") -> dict[str, object] | None:
-    if row.group_count_key is None or row.group_kept_key is None:
+def _check_demands(row: Row, config: CheckpointConfig) -> None:
+    faults = []
+    for demand in row.demands:
+        found = config.value(demand.of)
+        if found not in demand.values:
+            expected = " or ".join(map(repr, demand.values))
+            faults.append(f"{demand.of.names[0]}={found!r} asks for {demand.otherwise}; {expected} expected")
+    if faults:
+        raise ValueError(f"the router of {row.source} cannot be matched with this config: {'; '.join(faults)}")
+
+
+def _switch(switch: bool | Setting, config: CheckpointConfig) -> bool:
+    return switch if isinstance(switch, bool) else bool(config.value(switch))
+
+
+def _number(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"the config's {name}: a whole number expected, got {value!r}")
+    return value
+
+
+def _num_experts(row: Row, config: CheckpointConfig) -> int:
+    settings = [row.num_experts] if row.extra_experts is None else [row.num_experts, row.extra_experts]
+    return sum(_number(setting.names[0], config.value(setting)) for setting in settings)
+
+
+def _groups(row: Row, config: CheckpointConfig, top_k: object) -> dict[str, object] | None:
+    groups = row.groups
+    if groups is None or (groups.only_if is not None and config.value(groups.only_if[0]) != groups.only_if[1]):
         return None
-    count, kept = config.get(row.group_count_key, default=1), config.get(row.group_kept_key, default=1)
+    count, kept = (_number(which.names[0], config.value(which)) for which in (groups.count, groups.kept))
     if count == kept:
         return None  # every group is kept: the mask masks nothing
-    return {"count": count, "kept": kept, "score": "top_sum", "top": row.group_top, "mask_value": "-inf"}
+    return {
+        "count": count,
+        "kept": kept,
+        "score": groups.score,
+        "top": groups.top if groups.top is not None else _number("number of experts per token", top_k) // kept,
+        "mask_value": groups.mask_value,
+        "masks_scores": groups.masks_scores,
+    }
 
 
-def _model_dtype(config: "_Config") -> str:
-    for name in ("dtype", "torch_dtype"):
-        value = config.get(name, default=None)
-        if value is not None:
-            return str(value).removeprefix("torch.")
-    raise ValueError("the config names no dtype (neither 'dtype' nor 'torch_dtype'): pass dtype=torch.bfloat16, say")
-
-
-class _Config:
-    """One way to read a config.json mapping and a config object."""
-
-    def __init__(self, hf_config: object) -> None:
-        self._config = hf_config
-
-    def get(self, name: str, *, default: object) -> object:
-        if isinstance(self._config, Mapping):
-            found = self._config.get(name, default)
-        else:
-            found = getattr(self._config, name, default)
-        return default if found is None else found
-
-    def required(self, name: str) -> object:
-        found = self.get(name, default=None)
-        if found is None:
-            raise ValueError(f"the config has no {name!r}")
-        return found
-
-    def agreed(self, names: tuple[str, ...]) -> object:
-        found = {name: value for name in names if (value := self.get(name, default=None)) is not None}
-        if len(set(found.values())) != 1:
-            what = "disagrees with itself" if found else f"has none of {', '.join(names)}"
-            raise ValueError(f"the config {what}: {found}")
-        return next(iter(found.values()))
+def _reduce(row: Row, config: CheckpointConfig, top_k: object) -> dict[str, object]:
+    if not _switch(row.normalise, config) or (top_k == 1 and not row.normalises_one):
+        return {"kind": "none"}
+    return {name: config.value(value) if isinstance(value, Setting) else value for name, value in row.reduce.items()}

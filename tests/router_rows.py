@@ -1,110 +1,28 @@
-"""Specs and rows that routers get wrong, and bit-exact comparison. T tokens, E experts, K slots of a token."""
+"""Specs, rows that routers get wrong, and bit-exact comparison. T tokens, E experts, K slots of a token."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
+from router_specs import BF16, FP64, FP64_CHAIN, SPECS, make_spec, sigmoid_spec
 from torch import Tensor
 
-from routing import (
-    Assignment,
-    GateSpec,
-    GroupScore,
-    GroupSpec,
-    ReduceKind,
-    RouterSpec,
-    ScoreFunction,
-    SlotOrder,
-    TopkReduce,
-)
+from routing import Assignment, RouterSpec
 
-NONE, SUM = TopkReduce(kind=ReduceKind.NONE), TopkReduce(kind=ReduceKind.SUM)
-SUM_EPS = TopkReduce(kind=ReduceKind.SUM_EPS, eps=1e-20)
-BF16 = torch.bfloat16
-
-
-def make_spec(**changes: Any) -> RouterSpec:
-    """A small softmax router on platform "cuda", with changes."""
-    fields: dict[str, Any] = {
-        "num_experts": 16,
-        "top_k": 4,
-        "score": ScoreFunction.SOFTMAX,
-        "slot_order": SlotOrder.SORTED,
-        "reduce": SUM,
-        "weight_dtype": torch.float32,
-        "platform": "cuda",
-    }
-    return RouterSpec(**{**fields, **changes})
-
-
-def sigmoid_spec(**changes: Any) -> RouterSpec:
-    """A router of the DeepSeek kind: biased choice, unsorted slots, sum + 1e-20, scaled."""
-    fields: dict[str, Any] = {"score": ScoreFunction.SIGMOID, "has_bias": True, "slot_order": SlotOrder.UNSORTED}
-    return make_spec(**{**fields, "reduce": SUM_EPS, "scale": 2.5, **changes})
-
-
-SPECS: Mapping[str, RouterSpec] = {
-    "qwen3": make_spec(num_experts=128, top_k=8),
-    "qwen3 with a bf16 gate": make_spec(
-        num_experts=128, top_k=8, weight_dtype=BF16, gate=GateSpec(operand_dtype=BF16, output_dtype=BF16)
-    ),
-    "qwen2, 60 experts, no norm": make_spec(num_experts=60, reduce=NONE),
-    "glm4": sigmoid_spec(num_experts=160, top_k=8),
-    "moonlight, six slots": sigmoid_spec(num_experts=64, top_k=6, scale=2.446),
-    "deepseek_v3": sigmoid_spec(num_experts=64, top_k=8, groups=GroupSpec(count=8, kept=4)),
-    "zero-filled groups": sigmoid_spec(
-        num_experts=40, top_k=6, groups=GroupSpec(count=8, kept=3, mask_value=0.0), slot_order=SlotOrder.SORTED
-    ),
-    "groups of the best expert": make_spec(
-        num_experts=24,
-        top_k=6,
-        groups=GroupSpec(count=4, kept=2, score=GroupScore.MAX, top=1, mask_value=0.0),
-        slot_order=SlotOrder.UNSORTED,
-        reduce=NONE,
-        scale=16.0,
-    ),
-    "groups of the best five": sigmoid_spec(num_experts=32, groups=GroupSpec(count=4, kept=2, top=5), has_bias=False),
-    "minimax": sigmoid_spec(num_experts=48, top_k=8, reduce=SUM, scale=None),
-    "ernie": make_spec(
-        num_experts=64, top_k=6, has_bias=True, reduce=TopkReduce(kind=ReduceKind.CLAMPED_SUM, eps=1e-12)
-    ),
-    "lfm2, a bf16 chain": sigmoid_spec(
-        num_experts=32,
-        slot_order=SlotOrder.SORTED,
-        reduce=TopkReduce(kind=ReduceKind.SUM_EPS, eps=1e-6),
-        scale=1.8,
-        chain_dtype=BF16,
-        weight_dtype=BF16,
-        gate=GateSpec(operand_dtype=BF16, output_dtype=BF16),
-    ),
-    "clamped bf16 chain, groups unbiased": sigmoid_spec(
-        has_bias=False,
-        groups=GroupSpec(count=4, kept=2),
-        reduce=TopkReduce(kind=ReduceKind.CLAMPED_SUM, eps=1e-3),
-        chain_dtype=BF16,
-    ),
-    "gpt_oss": make_spec(num_experts=32, score=ScoreFunction.SOFTMAX_TOPK, reduce=NONE),
-    "gpt_oss in fp16": make_spec(
-        num_experts=32,
-        score=ScoreFunction.SOFTMAX_TOPK,
-        reduce=NONE,
-        chain_dtype=torch.float16,
-        weight_dtype=torch.float16,
-        gate=GateSpec(operand_dtype=torch.float16, output_dtype=torch.float16),
-    ),
-    "softmax over sigmoids": sigmoid_spec(top_k=5, has_bias=False, reduce=TopkReduce(kind=ReduceKind.SOFTMAX)),
-    "dbrx": make_spec(reduce=TopkReduce(kind=ReduceKind.L1), chain_dtype=BF16, weight_dtype=BF16),
-    "deepseek_v4": sigmoid_spec(num_experts=32, top_k=6, score=ScoreFunction.SQRT_SOFTPLUS, scale=1.5),
-    "gemma4": make_spec(num_experts=20, expert_scale=True),
-    "scaled twice": sigmoid_spec(top_k=3, expert_scale=True, reduce=NONE),
-    "one slot": make_spec(num_experts=12, top_k=1),
-    "one slot, unsorted": sigmoid_spec(num_experts=12, top_k=1),
-    "every expert, sorted": make_spec(num_experts=10, top_k=10, score=ScoreFunction.SIGMOID),
-    "every expert, unsorted": sigmoid_spec(num_experts=8, top_k=8, has_bias=False),
-    "two experts": make_spec(num_experts=2, top_k=2),
-    "twenty-two slots of 96": sigmoid_spec(num_experts=96, top_k=22, scale=5.0, slot_order=SlotOrder.SORTED),
-}
+__all__ = [
+    "BF16",
+    "FP64",
+    "FP64_CHAIN",
+    "SPECS",
+    "bias_rows",
+    "bits",
+    "boundary_ties",
+    "has_distinct_ids",
+    "logit_rows",
+    "make_spec",
+    "operands",
+    "sigmoid_spec",
+    "ulps",
+]
 
 
 def logit_rows(spec: RouterSpec) -> dict[str, Tensor]:
@@ -131,16 +49,25 @@ def logit_rows(spec: RouterSpec) -> dict[str, Tensor]:
         "all equal": torch.cat([row(0.0), row(1.0), row(-3.5), row(1e30)]).clamp(max=_largest(spec)),
         "two-valued": torch.stack([(levels % 2), (levels % 3 == 1).float(), (levels >= E - above).float()]),
         "tie across the boundary": torch.stack([-levels.clamp(below - 1), levels.clamp(max=E - K - 1).flip(0)]),
+        "one tie, across the boundary": boundary_ties(normal[:4], K),
         "ties above the boundary": torch.stack([-(levels // 2), (levels // 3), -(levels // 4)]),
+        "ties above the boundary only": torch.stack([-levels.clamp(min=below), levels.clamp(max=E - K)]),
         "first and last tie": row(-1.0, first=2.0, last=2.0),
+        "ties between groups": _group_ties(spec),
         "quantised": normal[:4].to(BF16).float() * 1.5,
+        "equal in fp32": 1.0 + levels.double().view(1, E) * 1e-12,
         "saturated sigmoid": 16.0 + levels.view(1, E) * 0.125,
-        "softplus threshold": torch.stack([normal[10] * 1e-4 + 20, normal[11] * 4 + 20]),
-        "overflowing exp": torch.stack([normal[0] * 0.1 + 95, normal[1] * 0.02 - 87.45, normal[2] * 5 - 150]),
-        "zero denominator": row(-120.0),
-        "small denominators": normal[:4] * 0.1 - torch.tensor([[14.0], [21.0], [29.0], [30.5]]),
+        "softplus threshold": torch.stack(
+            [normal[10] * 1e-4 + 20, normal[11] * 4 + 20, torch.where(levels % 2 == 0, 20.0, 20.0001)]
+        ),
+        "overflowing exp": torch.stack([normal[0] * 0.1 + 95, normal[2] * 5 - 150]),
+        "denormal sigmoid": torch.linspace(-88.72, -87.34, E).view(1, E),
+        "zero denominator": torch.cat([row(-120.0), -88.73 - levels.view(1, E)]),
+        "small denominators": _small_denominators(normal, K),
         "underflowing softmax": torch.stack([-levels * 60, -levels * 30, -levels * 13]),
+        "denormal softmax": torch.cat([torch.zeros(1), torch.linspace(-87.3, -103.9, E - 1)]).view(1, E),
         "nan": torch.cat([row(0.5, middle=math.nan), row(math.nan), torch.where(levels < K, math.nan, levels)[None]]),
+        "nan with a payload": row(0.25, first=_nan(0x7FC00123), last=_nan(0x7FA00001)),
         "negative nan": row(-math.nan, first=1.0, last=-math.inf),
         "inf": torch.cat([row(0.0, last=math.inf), row(1.0, first=math.inf, last=math.inf), row(math.inf)]),
         "minus inf": torch.cat([row(0.25, first=-math.inf), row(-math.inf, last=1.0), row(-math.inf)]),
@@ -150,17 +77,46 @@ def logit_rows(spec: RouterSpec) -> dict[str, Tensor]:
     return {name: rows.to(spec.gate.output_dtype) for name, rows in families.items()}
 
 
+def _group_ties(spec: RouterSpec) -> Tensor:
+    """Groups that score alike, and one value in every group; groups of four where the spec has none."""
+    E = spec.num_experts
+    size = 4 if spec.groups is None else E // spec.groups.count
+    place = torch.arange(E).float() % size
+    return torch.stack([place, -place, (place == size - 1).float(), torch.where(place == 0, 3.0, torch.arange(E) / E)])
+
+
+def _small_denominators(normal: Tensor, K: int) -> Tensor:
+    """Rows whose K largest sigmoids sum to a little less and a little more than each epsilon in use."""
+    targets = torch.tensor([[1.6e-13], [3.4e-13], [1e-12], [1.2e-7], [1e-6]])
+    rows = [normal[:5] * 1e-3 + torch.log(targets * factor / K) for factor in (0.98, 1.02)]
+    return torch.cat([*rows, normal[:4] * 0.1 - torch.tensor([[14.0], [21.0], [29.0], [30.5]])])
+
+
+def _nan(pattern: int) -> float:
+    return torch.tensor(pattern, dtype=torch.int32).view(torch.float32).item()
+
+
+def boundary_ties(rows: Tensor, k: int) -> Tensor:
+    """The rows with their k-th best value once more, in the place of the next best."""
+    best = rows.argsort(dim=1, descending=True)
+    last, rival = best[:, k - 1 : k], best[:, min(k, rows.shape[1] - 1) :][:, :1]
+    return rows.scatter(1, rival, rows.gather(1, last))
+
+
 def bias_rows(E: int) -> dict[str, Tensor]:
     """Biases [E] by name: some hide the score's last bits, some turn the order around, one makes it negative."""
     random = torch.Generator().manual_seed(E)
     small = torch.randn(E, generator=random) * 0.05
+    odd = torch.arange(E) % 2 == 1
     return {
         "small": small,
         "zero": torch.zeros(E),
+        "rounded": small.to(BF16).float(),
         "large": small.to(BF16).float() + 8,
         "negative": -1.5 - small.abs(),
         "reversing": torch.linspace(4, -4, E),
         "nan": torch.where(torch.arange(E) == 1, math.nan, small),
+        "half of it minus inf": torch.where(odd, -math.inf, small),
     }
 
 
@@ -186,16 +142,21 @@ def has_distinct_ids(assignment: Assignment, num_experts: int) -> bool:
 
 def bits(x: Tensor) -> Tensor:
     """int64 bit patterns, with one pattern for every NaN."""
-    pattern = x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()]).long()
-    return torch.where(x.isnan(), 1 << 40, pattern)
+    pattern = x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).long()
+    return torch.where(x.isnan(), 0x7FF8 << 48 if x.dtype == torch.float64 else 1 << 40, pattern)
 
 
 def ulps(a: Tensor, b: Tensor) -> Tensor:
-    """How many representable numbers lie between, elementwise; NaN is next to nothing but NaN."""
+    """How many representable numbers lie between, elementwise; NaN is next to nothing but NaN.
+
+    Of fp64 numbers: how many in fp32, but at least one where they differ.
+    """
 
     def ordinal(x: Tensor) -> Tensor:
         pattern = bits(x)
         lowest = -(1 << (8 * x.element_size() - 1))
         return torch.where(pattern < 0, lowest - pattern, pattern)
 
-    return (ordinal(a) - ordinal(b)).abs()
+    differs = (bits(a) != bits(b)).long()
+    a, b = (x.float() if x.dtype == FP64 else x for x in (a, b))
+    return torch.maximum((ordinal(a) - ordinal(b)).abs(), differs)

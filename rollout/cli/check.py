@@ -104,7 +104,8 @@ def _router(config: RolloutConfig, router: RouterSpec) -> str:
 
 
 def _gate(gate: GateSpec) -> str:
-    return f"{_dtype(gate.operand_dtype)} operands, {_dtype(gate.output_dtype)} logits"
+    bias = ", with a bias" if gate.has_bias else ""
+    return f"{_dtype(gate.operand_dtype)} operands, {_dtype(gate.output_dtype)} logits{bias}"
 
 
 def _reduce(router: RouterSpec) -> str:

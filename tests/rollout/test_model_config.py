@@ -288,6 +288,7 @@ def test_a_router_spelled_out_runs_on_the_hosts_platform_and_may_say_so():
     ("fields", "says"),
     [
         ({"expert_scale": True}, "expert_scale=True, but checkpoints of this architecture hold no such factors"),
+        ({"gate": {"has_bias": True}}, "has_bias=True, but gates of this architecture have no bias"),
         ({"platform": "cuda"}, "platform='cuda', but the model is hosted on 'cpu'; leave platform out"),
         (
             {"gate": {"operand_dtype": "bfloat16", "output_dtype": "float16"}},

@@ -15,11 +15,11 @@ from routing import GateSpec, GroupSpec, ReduceKind, RouterSpec, ScoreFunction, 
 HERE = Path(__file__).resolve().parent
 
 
-def compiled(spec: RouterSpec, score: str, cache: Path) -> set[str]:
+def compiled(spec: RouterSpec, score: str, cache: Path, *, rows: str = "exact") -> set[str]:
     """The fp32 instructions in the kernel's PTX."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(HERE.parent.parent), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, str(HERE / "compile_kernel.py"), json.dumps(spec.to_plain()), score]
+    command = [sys.executable, str(HERE / "compile_kernel.py"), json.dumps(spec.to_plain()), score, rows]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"\b([a-z0-9]+\.[a-z0-9.]*f32)\b", done.stdout))
@@ -50,3 +50,19 @@ def test_without_an_exponential_nothing_is_fused_or_approximate(tmp_path: Path) 
     instructions = compiled(spec, "given", tmp_path)
     assert {"add.rn.f32", "mul.rn.f32", "div.rn.f32"} <= instructions
     assert not {name for name in instructions if name.startswith("fma") or "approx" in name or "ftz" in name}
+
+
+@pytest.mark.parametrize(
+    ("spec", "approximate"),
+    [
+        (make_spec(num_experts=128, top_k=8), set()),
+        (sigmoid_spec(num_experts=160, top_k=8), {"rcp.approx.ftz.f32"}),
+        (sigmoid_spec(num_experts=256, top_k=8, groups=GroupSpec(count=8, kept=4)), {"rcp.approx.ftz.f32"}),
+        (make_spec(num_experts=64, top_k=6, has_bias=True), {"div.full.f32"}),
+    ],
+    ids=["softmax", "sigmoid", "groups", "softmax with a bias"],
+)
+def test_bounds_are_approximate_only_where_they_say_so(spec: RouterSpec, approximate: set[str], tmp_path: Path) -> None:
+    instructions = compiled(spec, str(spec.score), tmp_path, rows="bounded")
+    quotients = {name for name in instructions if name.split(".")[0] in ("div", "sqrt", "rcp")}
+    assert quotients == {"div.rn.f32"} | approximate

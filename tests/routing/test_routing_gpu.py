@@ -6,14 +6,14 @@ import pytest
 import torch
 from router_rows import SPECS, bias_rows, bits, logit_rows, operands
 from torch import Tensor
-from transformers import Glm4MoeConfig, Qwen3MoeConfig
-from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from routing import Assignment, RouterSpec, kernel_route_from_scores, reference, reference_from_scores, route
+from routing import Assignment, RouterSpec, SumOrder, kernel_route_from_scores, reference, reference_from_scores, route
 from routing.reference import scores
 
 pytestmark = pytest.mark.gpu
+
+HALVING = [name for name, spec in SPECS.items() if spec.sum_order is SumOrder.HALVING]
+"""Those whose sums are in the order of the PyTorch that runs."""
 
 
 def eager(spec: RouterSpec) -> RouterSpec:
@@ -31,7 +31,7 @@ def on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", HALVING)
 def test_every_row_family_routes_as_in_eager_pytorch(name: str, cuda: torch.device) -> None:
     spec = SPECS[name]
     logits_TE = torch.cat(list(logit_rows(spec).values())).to(cuda)
@@ -42,11 +42,12 @@ def test_every_row_family_routes_as_in_eager_pytorch(name: str, cuda: torch.devi
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 33, 257, 4096])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", HALVING)
 def test_random_rows_route_as_in_eager_pytorch(name: str, T: int, cuda: torch.device) -> None:
     spec = SPECS[name]
     random = torch.Generator(device=cuda).manual_seed(T)
-    logits_TE = (torch.randn(T, spec.num_experts, generator=random, device=cuda) * 1.5).to(spec.gate.output_dtype)
+    normal = torch.randn(T, spec.num_experts, generator=random, device=cuda, dtype=torch.float64)
+    logits_TE = (normal * 1.5).to(spec.gate.output_dtype)
     given = on(cuda, operands(spec))
     assert_same(route(logits_TE, spec, **given), reference(logits_TE, eager(spec), **given))
 
@@ -62,7 +63,7 @@ def test_rows_at_a_stride_route_as_in_eager_pytorch(name: str, cuda: torch.devic
 
 
 @pytest.mark.parametrize("bias", bias_rows(8))
-@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.has_bias])
+@pytest.mark.parametrize("name", [name for name in HALVING if SPECS[name].has_bias])
 def test_every_bias_and_score_from_given_scores(name: str, bias: str, cuda: torch.device) -> None:
     spec = SPECS[name]
     rows = torch.cat(list(logit_rows(spec).values())).to(cuda)
@@ -72,23 +73,37 @@ def test_every_bias_and_score_from_given_scores(name: str, bias: str, cuda: torc
         assert_same(kernel_route_from_scores(scores_TE, spec, **given), expected)
 
 
-@pytest.mark.parametrize("gate", ["fp32", "trainer"])
-def test_transformers_own_routers_give_the_same_bits(gate: str, cuda: torch.device) -> None:
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in HALVING])
+def test_another_order_of_summation_is_the_references(name: str, cuda: torch.device) -> None:
+    """Of another release of PyTorch, so that there is nothing here to compare the reference with."""
+    spec = SPECS[name]
+    given = on(cuda, operands(spec))
+    rows = torch.cat(list(logit_rows(spec).values())).to(cuda)
     random = torch.Generator(device=cuda).manual_seed(0)
-    qwen3 = Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8, hidden_size=256, norm_topk_prob=True)
-    glm4 = Glm4MoeConfig(n_routed_experts=160, num_experts_per_tok=8, hidden_size=256, routed_scaling_factor=2.5)
-    for config, kind in ((qwen3, Qwen3MoeTopKRouter), (glm4, Glm4MoeTopkRouter)):
-        spec = RouterSpec.from_trainer("transformers", config, dtype=torch.bfloat16, platform="cuda", gate=gate)
-        router = kind(config).to(cuda).to(spec.gate.operand_dtype).requires_grad_(False)
-        router.weight.normal_(generator=random, std=0.1)
-        given = {}
-        if spec.has_bias:
-            router.e_score_correction_bias = torch.randn(160, generator=random, device=cuda) * 0.05
-            given["bias_E"] = router.e_score_correction_bias
-        hidden_TD = torch.randn(2048, 256, generator=random, device=cuda).to(spec.gate.operand_dtype)
-        logits_TE, weights_TK, ids_TK = router(hidden_TD)
-        expected = Assignment(expert_ids_TK=ids_TK.int(), weights_TK=weights_TK)
+    normal = torch.randn(4096, spec.num_experts, generator=random, device=cuda, dtype=torch.float64)
+    for logits_TE in (rows, normal.to(spec.gate.output_dtype)):
+        expected = reference(logits_TE, spec, **given)
         assert_same(route(logits_TE, spec, **given), expected)
+    if spec.chain_dtype == torch.float64:
+        return  # a sum of fp32 scores is exact there, in any order
+    halving = dataclasses.replace(spec, sum_order=SumOrder.HALVING)
+    assert (bits(reference(logits_TE, halving, **given).weights_TK) != bits(expected.weights_TK)).any()
+
+
+@pytest.mark.parametrize("name", ["glm4", "qwen3", "megatron, fp64", "twenty-two slots of 96"])
+def test_padding_and_counts_are_the_references(name: str, cuda: torch.device) -> None:
+    spec = SPECS[name]
+    logits_TE = torch.cat(list(logit_rows(spec).values())).to(cuda)
+    for T in (0, 1, len(logits_TE) // 2, len(logits_TE)):
+        results = []
+        for path in (route, reference):
+            counts_E = torch.zeros(spec.num_experts, dtype=torch.int32, device=cuda)
+            tokens = torch.tensor(T, dtype=torch.int32, device=cuda)
+            found = path(logits_TE, spec, **on(cuda, operands(spec)), num_tokens=tokens, counts_E=counts_E)
+            results.append((found, counts_E))
+        assert_same(results[0][0], results[1][0])
+        assert results[0][1].tolist() == results[1][1].tolist()
+        assert int(results[0][1].sum()) == T * spec.top_k
 
 
 def test_a_function_and_the_fused_form_agree_on_the_gpu(cuda: torch.device) -> None:

@@ -9,7 +9,17 @@ import yaml
 from router_rows import SPECS, make_spec, sigmoid_spec
 
 import routing
-from routing import GateSpec, GroupScore, GroupSpec, ReduceKind, RouterSpec, ScoreFunction, SlotOrder, TopkReduce
+from routing import (
+    GateSpec,
+    GroupScore,
+    GroupSpec,
+    ReduceKind,
+    RouterSpec,
+    ScoreFunction,
+    SlotOrder,
+    SumOrder,
+    TopkReduce,
+)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -33,6 +43,7 @@ def test_every_field_is_in_the_digest() -> None:
         "scale": 1.8,
         "expert_scale": True,
         "chain_dtype": torch.bfloat16,
+        "sum_order": SumOrder.ADJACENT,
         "weight_dtype": torch.bfloat16,
         "gate": GateSpec(tf32=True),
         "platform": "cpu",
@@ -52,11 +63,13 @@ def test_every_field_of_the_parts_is_in_the_digest() -> None:
         dataclasses.replace(groups, score=GroupScore.MAX, top=1),
         dataclasses.replace(groups, top=1),
         dataclasses.replace(groups, mask_value=0.0),
+        dataclasses.replace(groups, mask_value=0.0, masks_scores=True),
     ]
     assert len({sigmoid_spec(groups=part).digest for part in parts}) == len(parts)
     gates = [
         GateSpec(),
         GateSpec(tf32=True),
+        GateSpec(has_bias=True),
         GateSpec(operand_dtype=torch.bfloat16),
         GateSpec(operand_dtype=torch.bfloat16, output_dtype=torch.bfloat16),
     ]
@@ -104,14 +117,25 @@ def test_a_wrong_mapping_names_the_key_and_the_nearest(changes: dict[str, object
 
 
 def test_every_fault_of_a_spec_is_named_at_once() -> None:
-    with pytest.raises(ValueError, match=r"top_k=17.*scale=inf.*chain_dtype=torch\.float64.*weight_dtype=torch\.int32"):
-        make_spec(top_k=17, scale=float("inf"), chain_dtype=torch.float64, weight_dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"top_k=17.*scale=inf.*chain_dtype=torch\.int8.*weight_dtype=torch\.int32"):
+        make_spec(top_k=17, scale=float("inf"), chain_dtype=torch.int8, weight_dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"reduce=softmax in chain_dtype=torch\.float64.*sum_order=adjacent on platform"
+    ):
+        make_spec(
+            chain_dtype=torch.float64,
+            reduce=TopkReduce(kind=ReduceKind.SOFTMAX),
+            sum_order=SumOrder.ADJACENT,
+            platform="cpu",
+        )
     with pytest.raises(ValueError, match=r"16 is no multiple of groups\.count=3"):
         make_spec(groups=GroupSpec(count=3, kept=1))
     with pytest.raises(ValueError, match=r"top=2 of a group of 1.*1 kept groups of 1 experts hold fewer than top_k=4"):
         make_spec(groups=GroupSpec(count=16, kept=1))
     with pytest.raises(ValueError, match=r"kept=5, count=4; top=0.*mask_value=1"):
         GroupSpec(count=4, kept=5, top=0, mask_value=1.0)
+    with pytest.raises(ValueError, match=r"masks_scores with mask_value=-inf; 0\.0 expected"):
+        GroupSpec(count=4, kept=2, masks_scores=True)
     with pytest.raises(ValueError, match="established for top_k <= 32"):
         make_spec(num_experts=64, top_k=33)
     assert make_spec(num_experts=64, top_k=33, platform="cpu").top_k == 33
@@ -132,10 +156,12 @@ def test_every_fault_of_a_spec_is_named_at_once() -> None:
 def test_the_public_names_are_these() -> None:
     assert routing.__all__ == sorted(routing.__all__)
     assert set(routing.__all__) == {
-        "Assignment", "Chosen", "ExpertGroups", "GateSpec", "GroupScore", "GroupSpec", "Platform", "ReduceFunction",
-        "ReduceKind", "RouterSpec", "ScoreFunction", "SlotOrder", "TopkReduce", "gate_logits", "gather_tokens",
-        "group_by_expert", "kernel_chosen", "kernel_route", "kernel_route_from_scores", "probe_digest", "reference",
-        "reference_chosen", "reference_from_scores", "resolve", "returns_weights", "route",
+        "Assignment", "Chosen", "ExpertGroups", "GateSpec", "GroupScore", "GroupSpec", "InstalledGate", "Platform",
+        "ReduceFunction", "ReduceKind", "Replay", "ReplayReport", "RouterClass", "RouterSpec", "RoutingRecord",
+        "ScoreFunction", "SlotOrder", "SumOrder", "TopkReduce", "gate_logits", "gather_tokens", "group_by_expert",
+        "install_gate", "kernel_chosen", "kernel_route", "kernel_route_from_scores", "observe", "packed_record",
+        "padded_record", "probe_digest", "reference", "reference_chosen", "reference_from_scores", "replay",
+        "resolve", "returns_weights", "route",
     }  # fmt: skip
     for name in routing.__all__:
         assert hasattr(routing, name)

@@ -1,0 +1,267 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment, misc"
+"""Rows routed by bounds: cheap upper bounds choose, and only what is chosen is computed exactly.
+
+Exact exponentials and quotients of every expert are most of a router's arithmetic, and only the K chosen ones reach the
+result. So experts are ranked by words of 32 bits: the leading bits of a number that bounds the selection value, above
+the expert's index, which makes every word another. The K largest words name the candidates, the next one bounds all the
+rest. Candidates are then computed exactly. A row is *certain* if the least of them lies above that bound by more than
+every rounding on the way; then the candidates are the trainer's choice, in no tie with another expert. Ties, NaN,
+infinities and near ties are not certain, and go to routing.kernel_exact.
+
+The number behind a word:
+    the logit itself, where scores rise with logits and no bias stands between (any softmax over all counts);
+    with a bias, an approximate score (ex2.approx, rcp.approx: under 2^-21) plus the bias;
+    in groups likewise. A group is kept if it beats the next one by more than the rounding of words.
+
+A tile is [BLOCK_T, C]: 32 experts of each row, and J tiles are a row. Each of the C columns keeps its best four words
+in order, so that the next best of a row is a maximum over columns; a column that runs dry makes its row uncertain.
+"""
+
+# Loops are unrolled while Triton traces them, so tuples of tiles grow in them; to mypy a tuple has one length.
+
+import triton
+import triton.language as tl
+
+from routing.kernel_order import divided, exp, halving_sum, places, sigmoid, sources, sqrt_softplus, widened
+
+DEPTH = tl.constexpr(4)
+LEAST_VALUE = tl.constexpr(-3.0e38)
+"""Below every value that can be chosen. -inf would be no number once an index stands in its low bits."""
+SLACK = tl.constexpr(1e-5)
+"""Relative; a hundred times the rounding of any score function."""
+BIAS_SLACK = tl.constexpr(4e-6)
+"""Relative to 1 + |value|: 2^-18, eight times the error of an approximate score and of its sum with the bias."""
+
+
+@triton.jit
+def _word(value, index, MASK: tl.constexpr, ORDERED: tl.constexpr):
+    """The leading bits of fp32 `value` over `index`: as int32 in the order of the values, or as fp32."""
+    bits = value.to(tl.int32, bitcast=True)
+    if ORDERED:
+        word = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) & ~MASK) | index
+    else:
+        word = ((bits & ~MASK) | index).to(tl.float32, bitcast=True)
+    return word
+
+
+@triton.jit
+def _index(word, MASK: tl.constexpr):
+    return word.to(tl.int32, bitcast=True) & MASK
+
+
+@triton.jit
+def _most(word, MASK: tl.constexpr, ORDERED: tl.constexpr):
+    """No value with these leading bits is larger."""
+    bits = word.to(tl.int32, bitcast=True)
+    if ORDERED:
+        key = bits | MASK
+        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    else:
+        bits = tl.where(bits < 0, bits & ~MASK, bits | MASK)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inserted(heads, word):
+    """The columns' best words, in order, with one more word to each."""
+    result = ()
+    for level in tl.static_range(len(heads)):
+        result = result + (tl.maximum(heads[level], word),)
+        word = tl.minimum(heads[level], word)
+    if len(heads) < DEPTH:
+        result = result + (word,)
+    return result
+
+
+@triton.jit
+def _popped(heads, is_it, LOWEST: tl.constexpr):
+    """The same with the first word gone from the columns where `is_it`."""
+    result = ()
+    for level in tl.static_range(len(heads) - 1):
+        result = result + (tl.where(is_it, heads[level + 1], heads[level]),)
+    return result + (tl.where(is_it, LOWEST, heads[len(heads) - 1]),)
+
+
+@triton.jit
+def _approximate_sigmoid(x, LIBDEVICE: tl.constexpr):
+    denominator = 1.0 + tl.exp2(x * -1.4426950408889634)
+    if LIBDEVICE:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 / denominator
+    return result
+
+
+@triton.jit
+def _load(values_ptr, row, stride_t, stride_e, is_token, e, E: tl.constexpr, other):
+    pointers = values_ptr + row.to(tl.int64)[:, None] * stride_t + e * stride_e
+    return widened(tl.load(pointers, mask=is_token[:, None] & (e < E), other=other))
+
+
+@triton.jit
+def _approximate_score(x, peak, total, SCORE: tl.constexpr, LIBDEVICE: tl.constexpr):
+    """Within BIAS_SLACK / 8 of the score."""
+    if SCORE == "sigmoid":
+        x = _approximate_sigmoid(x, LIBDEVICE)
+    elif SCORE == "softmax":
+        x = tl.exp2((x - peak) * 1.4426950408889634) / total
+    elif SCORE == "sqrt_softplus":
+        x = sqrt_softplus(x, tl.float32, LIBDEVICE)
+    return x
+
+
+@triton.jit
+def _score(x, peak, total, SCORE: tl.constexpr, LIBDEVICE: tl.constexpr):
+    """The trainer's score of x, bit for bit."""
+    if SCORE == "softmax":
+        x = divided(exp(x - peak, LIBDEVICE), tl.broadcast_to(total, x.shape))
+    elif SCORE == "sigmoid":
+        x = sigmoid(x, LIBDEVICE)
+    elif SCORE == "sqrt_softplus":
+        x = sqrt_softplus(x, tl.float32, LIBDEVICE)
+    return x
+
+
+@triton.jit
+def _masked_groups(
+    values, BLOCK_T: tl.constexpr, C: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr,
+    TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """The tiles with MASK_VALUE in the groups that are not kept; and is that certain? Groups are whole tiles."""
+    LOWEST: tl.constexpr = -0x80000000 if ORDERED else float("-inf")
+    TILES: tl.constexpr = len(values) // COUNT
+    MASK: tl.constexpr = TILES * C - 1
+    g = tl.arange(0, COUNT_P)[None, :]
+    c = tl.arange(0, C)[None, :]
+    size = tl.zeros([BLOCK_T], tl.float32)
+    group_words = ()
+    all_words = tl.full([BLOCK_T, COUNT_P], LOWEST, tl.int32 if ORDERED else tl.float32)
+    for index in tl.static_range(COUNT):
+        heads = ()
+        for tile in tl.static_range(TILES):
+            word = _word(values[index * TILES + tile], tile * C + c, MASK, ORDERED)
+            if tile == 0:
+                heads = (word, tl.full([BLOCK_T, C], LOWEST, word.dtype))
+            else:
+                heads = (tl.maximum(heads[0], word), tl.maximum(heads[1], tl.minimum(heads[0], word)))
+        best = tl.max(heads[0], axis=1)
+        score = _most(best, MASK, ORDERED)
+        size = tl.maximum(size, tl.abs(score))
+        if TOP == 2:
+            second = tl.max(tl.where(heads[0] == best[:, None], heads[1], heads[0]), axis=1)
+            size = tl.maximum(size, tl.abs(_most(second, MASK, ORDERED)))
+            score += _most(second, MASK, ORDERED)
+        word = _word(score, index, COUNT_P - 1, ORDERED)
+        group_words = group_words + (word,)
+        all_words = tl.where(g == index, word[:, None], all_words)
+    for _ in tl.static_range(KEPT - 1):
+        all_words = tl.where(all_words == tl.max(all_words, axis=1)[:, None], LOWEST, all_words)
+    last_kept = tl.max(all_words, axis=1)
+    next_best = tl.max(tl.where(all_words == last_kept[:, None], LOWEST, all_words), axis=1)
+    gap = _most(last_kept, COUNT_P - 1, ORDERED) - _most(next_best, COUNT_P - 1, ORDERED)
+    # words of members and of groups are short of their values, on either side of the gap
+    certain = gap > (1.0 + size) * ((MASK + 1) * 9.5367431640625e-07)
+    result = ()
+    for tile in tl.static_range(len(values)):
+        is_kept = group_words[tile // TILES] >= last_kept
+        masked = LEAST_VALUE if MASK_VALUE == float("-inf") else MASK_VALUE  # noqa: SIM300
+        result = result + (tl.where(is_kept[:, None], values[tile], masked),)
+    return result, certain
+
+
+@triton.jit
+def bounded_rows(
+    values_ptr, bias_ptr, row, stride_t, stride_e, is_token, E: tl.constexpr, BLOCK_T: tl.constexpr, C: tl.constexpr,
+    LOG_C: tl.constexpr, J: tl.constexpr, MASK: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, SCORE: tl.constexpr,
+    SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr,
+    TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T, K_P] twice: expert ids and raw scores in slot order, zeros past the last slot; [BLOCK_T]: certain?"""
+    LOWEST: tl.constexpr = -0x80000000 if ORDERED else float("-inf")
+    BY_SCORE: tl.constexpr = HAS_BIAS or COUNT > 0
+    c = tl.arange(0, C)[None, :]
+    certain = is_token
+    peak = tl.zeros([BLOCK_T, 1], tl.float32)
+    total = peak
+
+    if SCORE == "softmax":
+        tops = tl.full([BLOCK_T, C], float("-inf"), tl.float32)
+        for j in tl.static_range(J):
+            x = _load(values_ptr, row, stride_t, stride_e, is_token, j * C + c, E, float("-inf"))
+            tops = tl.maximum(tops, x)
+        peak = tl.max(tops, axis=1)[:, None]
+        sums = tl.zeros([BLOCK_T, C], tl.float32)
+        for j in tl.static_range(J):
+            x = _load(values_ptr, row, stride_t, stride_e, is_token, j * C + c, E, float("-inf"))
+            sums += exp(x - peak, LIBDEVICE)
+        total = halving_sum(sums, BLOCK_T, C, LOG_C)
+
+    values = ()
+    taint = tl.zeros([BLOCK_T, C], tl.float32)
+    for j in tl.static_range(J):
+        e = j * C + c
+        value = _load(values_ptr, row, stride_t, stride_e, is_token, e, E, 0.0)
+        if BY_SCORE:
+            value = _approximate_score(value, peak, total, SCORE, LIBDEVICE)
+        if HAS_BIAS:  # every row of the tile reads it: in the tile's own layout
+            value += _load(bias_ptr, row, 0, 1, is_token, e, E, 0.0)
+        taint = tl.fma(value, 0.0, taint)
+        if (j + 1) * C > E:
+            value = tl.where(e < E, value, LEAST_VALUE)
+        values = values + (value,)
+    certain = certain & (tl.sum(taint, axis=1) == 0.0)
+    if COUNT > 0:
+        values, is_sure = _masked_groups(values, BLOCK_T, C, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED)
+        certain = certain & is_sure
+
+    heads = ()
+    for j in tl.static_range(J):
+        heads = _inserted(heads, _word(values[j], j * C + c, MASK, ORDERED))
+    slot = tl.broadcast_to(tl.arange(0, K_P)[None, :], [BLOCK_T, K_P])
+    is_slot = slot < K
+    words = tl.zeros([BLOCK_T, K_P], heads[0].dtype)
+    for rank in tl.static_range(K):
+        best = tl.max(heads[0], axis=1)[:, None]
+        words = tl.where(slot == rank, best, words)
+        heads = _popped(heads, heads[0] == best, LOWEST)
+    if J > DEPTH:
+        certain = certain & (tl.min(heads[0], axis=1) != LOWEST)
+    if COUNT > 0 and MASK_VALUE == 0.0:  # where masked experts are in the running, their scores are not what counts
+        certain = certain & tl.reshape(_most(best, MASK, ORDERED) > 1e-37, [BLOCK_T])
+    rest = _most(tl.max(heads[0], axis=1), MASK, ORDERED)[:, None]
+
+    # the candidates, exactly, and the bound on the rest
+    ids = _index(words, MASK)
+    x = _load(values_ptr, row, stride_t, stride_e, is_token, tl.where(is_slot, ids, 0), E, 0.0)
+    score = _score(x, peak, total, SCORE, LIBDEVICE)
+    choice = score
+    if HAS_BIAS:
+        choice = score + tl.load(bias_ptr + ids, mask=is_slot, other=0.0)
+    if BY_SCORE:
+        bound = rest + BIAS_SLACK * (1.0 + tl.abs(rest))
+    elif SCORE == "softmax" or SCORE == "sigmoid" or SCORE == "sqrt_softplus":
+        bound = _score(rest, peak, total, SCORE, LIBDEVICE) * (1.0 + SLACK) + 1e-37
+    else:
+        bound = rest
+    least = tl.min(tl.where(is_slot, choice, float("inf")), axis=1)[:, None]
+    certain = certain & tl.reshape(bound < least, [BLOCK_T])
+
+    # the slots: descending by choice, or ascending by expert with the least choice last
+    if SORTED:
+        order = tl.where(is_slot, -choice, float("inf"))
+        ties = tl.zeros([BLOCK_T, K_P], tl.int32)
+        for step in tl.static_range(1, K_P):
+            ties += (is_slot & (tl.gather(order, slot ^ step, axis=1) == order)).to(tl.int32)
+        certain = certain & (tl.max(ties, axis=1) == 0)
+        place = tl.where(is_slot, places(order, slot, K_P), slot)
+    else:
+        is_last = is_slot & (choice == least)
+        certain = certain & (tl.sum(is_last.to(tl.int32), axis=1) == 1)
+        place = places(tl.where(is_slot, tl.where(is_last, MASK + 1, ids), MASK + 2 + slot), slot, K_P)
+    source = sources(place, slot, K_P)
+    ids = tl.where(is_slot, tl.gather(ids, source, axis=1), 0)
+    score = tl.where(is_slot, tl.gather(score, source, axis=1), 0.0)
+    return ids, score, certain

@@ -1,0 +1,1 @@
+"""The tables of the trainers, one file each."""
