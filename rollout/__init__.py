@@ -1,5 +1,7 @@
 """A rollout worker for reinforcement learning on mixture-of-experts language models."""
 
+from typing import TYPE_CHECKING
+
 from rollout.config import RolloutConfig
 from rollout.errors import (
     ConfigError,
@@ -12,9 +14,11 @@ from rollout.errors import (
     RolloutError,
     VersionTooOld,
 )
-from rollout.fleet import Fleet
 from rollout.request import Completion, DiscardedKv, FinishReason, Prompt, SamplingParams, Score, VersionSpan
 from rollout.status import FleetStatus, HostStatus
+
+if TYPE_CHECKING:
+    from rollout.fleet import Fleet
 
 __all__ = [
     "Completion",
@@ -38,3 +42,12 @@ __all__ = [
     "VersionSpan",
     "VersionTooOld",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Fleet, once somebody asks for it: it brings Ray along, which a machine that only computes need not have."""
+    if name == "Fleet":
+        from rollout.fleet import Fleet
+
+        return Fleet
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

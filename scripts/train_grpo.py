@@ -34,6 +34,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, default="qwen3_moe", help="the learner's model class")
     parser.add_argument("--updates", type=int, default=Plan().updates, help="optimizer steps, each of them published")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the prompts")
+    parser.add_argument(
+        "--replay", action="store_true", help="the learner trains on the experts that the hosts chose for each token"
+    )
     parser.add_argument("--hosts", type=int, default=2, help="replicas of the model")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder for checkpoint, plot, figures and log"
@@ -63,7 +66,11 @@ def fleet_config(args: argparse.Namespace) -> RolloutConfig:
 def train(args: argparse.Namespace, view: View) -> list[Record]:
     """The run itself."""
     with LearnerProcess(
-        family=args.family, checkpoint=args.out / "checkpoint", seed=args.seed, log=args.out / "learner.log"
+        family=args.family,
+        checkpoint=args.out / "checkpoint",
+        seed=args.seed,
+        log=args.out / "learner.log",
+        replays=args.replay,
     ) as learner:
         view.phase("writing the checkpoint, loading the learner")
         learner.receive("the learner to write and load its checkpoint", LEARNER_START_S)

@@ -34,9 +34,31 @@ class Agreement:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """What became of the hosts' decisions when the learner replayed them; adds up."""
+
+    decisions: int = 0
+    """That were replayed: all that the hosts recorded, of older weights too."""
+    differing: int = 0
+    """Of these, the ones in which the learner by itself would have chosen another set of experts."""
+    tokens: int = 0
+    """Sampled tokens whose log-probabilities under replay were compared: those of the present weights, without
+    exception, since no tie can fall the other way."""
+    logprob_abs_diff_max: float = 0.0
+
+    def __add__(self, other: Self) -> "Replayed":
+        return Replayed(
+            decisions=self.decisions + other.decisions,
+            differing=self.differing + other.differing,
+            tokens=self.tokens + other.tokens,
+            logprob_abs_diff_max=max(self.logprob_abs_diff_max, other.logprob_abs_diff_max),
+        )
+
+
 @dataclass(slots=True)
-class RoutingRecord:
-    """The learner's decisions in one forward pass, layer after layer."""
+class RouterDecisions:
+    """The learner's own, in one forward pass, layer after layer."""
 
     expert_ids: list[Tensor] = field(default_factory=list)
     """Per layer [T, K]."""
@@ -47,7 +69,7 @@ class RoutingRecord:
 def compare(
     logprobs_SC: Tensor,
     hosted_logprobs_SC: Tensor,
-    routing: RoutingRecord,
+    routing: RouterDecisions,
     hosted_expert_ids_SNLK: Tensor,
     chosen_S: Tensor,
 ) -> Agreement:
@@ -63,7 +85,7 @@ def compare(
     differ_SNL = (ours_SNLK != theirs_SNLK).any(dim=-1)
     alike_SN = (differ_SNL & ties_SNL).any(dim=-1).cumsum(dim=1) == 0
     compared_SNL = ~ties_SNL & alike_SN.unsqueeze(-1)
-    diffs_SC = (logprobs_SC.detach() - hosted_logprobs_SC)[chosen_S].abs().nan_to_num(nan=math.inf)
+    diffs_SC = gaps(logprobs_SC, hosted_logprobs_SC)[chosen_S]
     diffs = diffs_SC[alike_SN[:, positions - diffs_SC.shape[1] :]]
     return Agreement(
         tokens=diffs.numel(),
@@ -72,3 +94,8 @@ def compare(
         mismatches=int((differ_SNL & compared_SNL).sum()),
         near_ties=int(ties_SNL.sum()),
     )
+
+
+def gaps(logprobs_SC: Tensor, hosted_logprobs_SC: Tensor) -> Tensor:
+    """[S, C]: how far apart; what is not a number is infinitely far."""
+    return (logprobs_SC.detach() - hosted_logprobs_SC).abs().nan_to_num(nan=math.inf)

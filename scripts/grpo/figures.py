@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from grpo.record import Record, agreement_of
+from grpo.agreement import Replayed
+from grpo.record import Record, agreement_of, replayed_of
 
 ENDS = 3  # updates that the first and the last reward are means over
 
@@ -18,6 +19,7 @@ def figures_of(records: Sequence[Record], *, family: str, transport: str | None,
     if not records:
         raise ValueError("no update was made: nothing to tell")
     agreement = agreement_of(records)
+    replayed = replayed_of(records)
     return {
         "family": family,
         "updates": len(records),
@@ -37,16 +39,34 @@ def figures_of(records: Sequence[Record], *, family: str, transport: str | None,
         "near_ties": agreement.near_ties,
         "staleness_mean": fmean(record.staleness for record in records),
         "tokens_masked": sum(record.masked_tokens for record in records),
+        "replay": replayed is not None,
+        **({} if replayed is None else _replay_figures(replayed)),
         "seconds": seconds,
+    }
+
+
+def _replay_figures(replayed: Replayed) -> dict[str, Any]:
+    """Beside the figures above, which compare the hosts with the learner's own routing in either case."""
+    return {
+        "replay_decisions": replayed.decisions,
+        "replay_decisions_other_than_own": replayed.differing,
+        "replay_tokens_compared": replayed.tokens,
+        "replay_logprob_abs_diff_max": replayed.logprob_abs_diff_max,
     }
 
 
 Limit = tuple[str, Callable[[float], bool]]
 
 
-def limits(hosts: int) -> dict[str, Limit]:
+def limits(hosts: int, *, replay: bool) -> dict[str, Limit]:
     """Per figure what it must be, in words and as a test that NaN fails."""
+    replaying: dict[str, Limit] = {
+        "replay_decisions": ("at least 10,000", lambda got: got >= 10_000),
+        "replay_tokens_compared": ("at least 10,000", lambda got: got >= 10_000),
+        "replay_logprob_abs_diff_max": ("below 1e-4", lambda got: got < 1e-4),
+    }
     return {
+        **(replaying if replay else {}),
         "updates": ("at least 30", lambda got: got >= 30),
         "reward_first": ("at most 0.4", lambda got: got <= 0.4),
         "reward_last": ("at least 0.8", lambda got: got >= 0.8),
@@ -64,6 +84,6 @@ def misses(figures: Mapping[str, Any], *, hosts: int) -> list[str]:
     """A line for every figure that is not what it must be."""
     return [
         f"{name} is {figures[name]:g}, must be {words}"
-        for name, (words, holds) in limits(hosts).items()
+        for name, (words, holds) in limits(hosts, replay=figures["replay"]).items()
         if not holds(figures[name])
     ]

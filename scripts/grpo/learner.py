@@ -3,7 +3,7 @@
 Runs as a process of its own (python -m grpo.learner) that knows the fleet only by name: it imports neither Ray nor the
 rollout package.
 
-S samples, M tokens of a prompt and its completion, C completion tokens, V vocabulary.
+S samples, M tokens of a prompt and its completion, N = M - 1 positions that are fed, C completion tokens, V vocabulary.
 """
 
 import argparse
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo.agreement import compare
+from grpo.agreement import Agreement, Replayed, compare, gaps
 from grpo.batch import Batch
 from grpo.checkpoint import write_checkpoint
 from grpo.families import FAMILIES
 from grpo.messages import Failed, Published, Ready, Trained
 from grpo.objective import advantages, objective
 from grpo.routers import recorded_routing
+from routing import RoutingRecord, replay
 from weights import Publisher
 
 SILENCE_S = 600.0  # without a batch for so long the trainer is not coming back
@@ -51,11 +52,13 @@ class Learner:
 
     Args:
         model: a transformers model in fp32; trained in place.
+        replays: whether it trains on the experts that the hosts chose, instead of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, hyperparameters: Hyperparameters) -> None:
+    def __init__(self, model: PreTrainedModel, hyperparameters: Hyperparameters, *, replays: bool = False) -> None:
         self.model = model
         self.hyperparameters = hyperparameters
+        self.replays = replays
         self.updates = 0
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=hyperparameters.learning_rate, betas=hyperparameters.betas, weight_decay=0.0
@@ -64,15 +67,11 @@ class Learner:
     def step(self, batch: Batch) -> Trained:
         """One GRPO step; compares the hosts' account of the batch with its own on the way."""
         started = time.perf_counter()
-        with recorded_routing(self.model) as routing:
-            logprobs_SC = self._logprobs(batch)
-        agreement = compare(
-            logprobs_SC,
-            torch.from_numpy(batch.model_logprobs_SC),
-            routing,
-            torch.from_numpy(batch.expert_ids_SNLK),
-            self._of_present_weights(batch),
-        )
+        with torch.set_grad_enabled(not self.replays):
+            logprobs_SC, agreement = self._by_itself(batch)
+        replayed = None
+        if self.replays:
+            logprobs_SC, replayed = self._replayed(batch)
         outcome = objective(
             logprobs_SC,
             torch.from_numpy(batch.logprobs_SC),
@@ -89,6 +88,38 @@ class Learner:
             staleness=outcome.staleness,
             masked_tokens=outcome.masked_tokens,
             seconds=time.perf_counter() - started,
+            replayed=replayed,
+        )
+
+    def _by_itself(self, batch: Batch) -> tuple[Tensor, Agreement]:
+        """Log-probabilities [S, C] with its own routing, and how both compare with the hosts'."""
+        with recorded_routing(self.model) as routing:
+            logprobs_SC = self._logprobs(batch)
+        return logprobs_SC, compare(
+            logprobs_SC,
+            torch.from_numpy(batch.model_logprobs_SC),
+            routing,
+            torch.from_numpy(batch.expert_ids_SNLK),
+            self._of_present_weights(batch),
+        )
+
+    def _replayed(self, batch: Batch) -> tuple[Tensor, Replayed]:
+        """Log-probabilities [S, C] with the hosts' experts."""
+        token_ids_SN = torch.from_numpy(batch.token_ids_SM[:, :-1])
+        record = RoutingRecord(
+            expert_ids_BSLK=torch.from_numpy(batch.expert_ids_SNLK),
+            recorded_BS=torch.ones_like(token_ids_SN, dtype=torch.bool),
+            token_ids_BS=token_ids_SN,
+        )
+        with replay(self.model, record) as replaying:
+            logprobs_SC = self._logprobs(batch)
+        diffs = gaps(logprobs_SC, torch.from_numpy(batch.model_logprobs_SC))[self._of_present_weights(batch)]
+        report = replaying.report()
+        return logprobs_SC, Replayed(
+            decisions=report.decisions,
+            differing=report.differing,
+            tokens=diffs.numel(),
+            logprob_abs_diff_max=float(diffs.max()) if diffs.numel() else 0.0,
         )
 
     def _logprobs(self, batch: Batch) -> Tensor:
@@ -114,7 +145,7 @@ class Learner:
         self._optimizer.step()
 
 
-def serve(pipe: Connection, family: str, checkpoint: Path, seed: int) -> None:
+def serve(pipe: Connection, family: str, checkpoint: Path, seed: int, *, replays: bool) -> None:
     """Writes the checkpoint and loads it, connects to the fleet that the trainer names, then trains and publishes.
 
     Raises:
@@ -123,8 +154,9 @@ def serve(pipe: Connection, family: str, checkpoint: Path, seed: int) -> None:
     """
     write_checkpoint(family, checkpoint, seed=seed)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    learner = Learner(model, Hyperparameters())
-    pipe.send(Ready(parameters=sum(parameter.numel() for parameter in model.parameters())))
+    learner = Learner(model, Hyperparameters(), replays=replays)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    pipe.send(Ready(parameters=parameters, replays=learner.replays))
     publisher = Publisher.connect(_next(pipe))
     while True:
         trained = learner.step(_next(pipe))
@@ -154,11 +186,12 @@ def main() -> int:
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder to write the tiny checkpoint to")
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--replay", action="store_true", help="train on the experts that the hosts chose")
     args = parser.parse_args()
     torch.set_num_threads(1)
     pipe = Connection(args.pipe)
     try:
-        serve(pipe, args.family, args.checkpoint, args.seed)
+        serve(pipe, args.family, args.checkpoint, args.seed, replays=args.replay)
     except EOFError:
         return 0
     except Exception:  # the process's edge: the trainer shall hear why

@@ -21,14 +21,15 @@ class LearnerProcess:
     """A running learner; leaving the block ends it.
 
     Args:
+        replays: whether it trains on the experts that the hosts chose.
         log: file that takes its output.
     """
 
-    def __init__(self, *, family: str, checkpoint: Path, seed: int, log: Path) -> None:
+    def __init__(self, *, family: str, checkpoint: Path, seed: int, log: Path, replays: bool = False) -> None:
         self._log = log
         self._pipe, theirs = Pipe()
         command = [sys.executable, "-m", "grpo.learner", f"--pipe={theirs.fileno()}", f"--family={family}"]
-        command += [f"--checkpoint={checkpoint}", f"--seed={seed}"]
+        command += [f"--checkpoint={checkpoint}", f"--seed={seed}", *(["--replay"] if replays else [])]
         # The checkout's root comes along for those who run the script without having installed the packages.
         path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}

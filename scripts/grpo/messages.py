@@ -6,7 +6,7 @@ learner -> trainer: Ready, then per update Trained and Published; Failed instead
 
 from dataclasses import dataclass
 
-from grpo.agreement import Agreement
+from grpo.agreement import Agreement, Replayed
 from weights import WeightVersion
 
 
@@ -15,6 +15,8 @@ class Ready:
     """The checkpoint is on disk and the learner holds it."""
 
     parameters: int
+    replays: bool
+    """Whether it trains on the experts that the hosts chose."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +26,13 @@ class Trained:
     update: int
     """Updates so far, this one included."""
     agreement: Agreement
-    """Hosts beside learner, over completions made wholly under the weights that this step began with."""
+    """Hosts beside learner, over completions made wholly under the weights that this step began with. The learner's
+    side is what it does by itself, whether or not it replays."""
     staleness: float
     masked_tokens: int
     seconds: float
+    replayed: Replayed | None = None
+    """None where the learner trains on its own routing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from functools import reduce
 from operator import add
 from typing import Self
 
-from grpo.agreement import Agreement
+from grpo.agreement import Agreement, Replayed
 from grpo.messages import Published, Trained
 from grpo.task import spelled
 from rollout import Completion
@@ -42,6 +42,8 @@ class Record:
     agreement: Agreement
     example: str
     """A prompt and what came of it."""
+    replayed: Replayed | None = None
+    """None where the learner trained on its own routing."""
 
     @classmethod
     def of(
@@ -73,9 +75,16 @@ class Record:
             masked_tokens=trained.masked_tokens,
             agreement=trained.agreement,
             example=f"{spelled(first.prompt_token_ids)} -> {spelled(first.token_ids)}",
+            replayed=trained.replayed,
         )
 
 
 def agreement_of(records: Sequence[Record]) -> Agreement:
     """Of all of them together."""
     return reduce(add, (record.agreement for record in records), Agreement())
+
+
+def replayed_of(records: Sequence[Record]) -> Replayed | None:
+    """Of all of them together; None where the learner trained on its own routing."""
+    parts = [record.replayed for record in records if record.replayed is not None]
+    return reduce(add, parts, Replayed()) if parts else None

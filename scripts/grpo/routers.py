@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from grpo.agreement import RoutingRecord
+from grpo.agreement import RouterDecisions
 
 NEAR_TIE = 1e-5
 """A loser that comes this close to a winner, in the value that selects, may win under another order of summation."""
 
 
 @contextmanager
-def recorded_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+def recorded_routing(model: nn.Module) -> Iterator[RouterDecisions]:
     """Records what every router of a transformers model decides inside the block.
 
     Raises:
         ValueError: the model has no router that this file knows.
     """
-    record = RoutingRecord()
+    record = RouterDecisions()
 
     def observe(router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits_TE, _weights_TK, expert_ids_TK = output

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from grpo.record import Record, agreement_of
+from grpo.agreement import Replayed
+from grpo.record import Record, agreement_of, replayed_of
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -102,7 +103,7 @@ class LiveView:
 
 def rows(records: Sequence[Record]) -> dict[str, str]:
     """The last record's figures, and the whole run's gaps and mismatches."""
-    last, total = records[-1], agreement_of(records)
+    last, total, replayed = records[-1], agreement_of(records), replayed_of(records)
     return {
         "reward": f"{last.reward:.3f}",
         "tokens/s": f"{last.generated / last.seconds:.0f}",
@@ -111,8 +112,16 @@ def rows(records: Sequence[Record]) -> dict[str, str]:
         "staleness": f"{last.staleness:.2f} updates ({last.crossed} completions across the commit)",
         "log-prob gap": f"{total.logprob_abs_diff_max:.1e} over {total.tokens} tokens",
         "routing mismatches": f"{total.mismatches} of {total.decisions} ({total.near_ties} near ties)",
+        **({} if replayed is None else {"replay": _replay(replayed)}),
         "sample": last.example,
     }
+
+
+def _replay(replayed: Replayed) -> str:
+    return (
+        f"{replayed.differing} of {replayed.decisions} decisions not the learner's own, log-prob gap"
+        f" {replayed.logprob_abs_diff_max:.1e} over {replayed.tokens} tokens"
+    )
 
 
 def sparkline(shares: Sequence[float]) -> str:

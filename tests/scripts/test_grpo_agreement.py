@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from grpo.agreement import Agreement, RoutingRecord, compare
+from grpo.agreement import Agreement, Replayed, RouterDecisions, compare
 from grpo.routers import NEAR_TIE, gap, near_ties, recorded_routing
 from torch import Tensor
 from transformers import Glm4MoeConfig, Qwen3MoeConfig
@@ -19,7 +19,7 @@ def compared(
     hosted: list[list[int]], *, ties: tuple[bool, ...] = (False, False, False), gaps: tuple[float, ...] = (0, 0, 0)
 ) -> Agreement:
     """One sample whose hosts say `hosted`, and log-probabilities that lie `gaps` apart."""
-    routing = RoutingRecord(expert_ids=[torch.tensor(OURS)], near_ties=[torch.tensor(ties)])
+    routing = RouterDecisions(expert_ids=[torch.tensor(OURS)], near_ties=[torch.tensor(ties)])
     ids_SNLK = torch.tensor(hosted, dtype=torch.uint8).view(1, 3, 1, 2)
     return compare(torch.zeros(1, 3), torch.tensor([gaps]), routing, ids_SNLK, torch.tensor([True]))
 
@@ -54,7 +54,7 @@ def test_the_largest_gap_is_told_and_not_a_number_is_no_agreement() -> None:
 
 
 def test_only_chosen_samples_are_compared() -> None:
-    routing = RoutingRecord(expert_ids=[torch.zeros(4, 1).long()], near_ties=[torch.zeros(4).bool()])
+    routing = RouterDecisions(expert_ids=[torch.zeros(4, 1).long()], near_ties=[torch.zeros(4).bool()])
     hosted = torch.tensor([1, 1, 0, 0], dtype=torch.uint8).view(2, 2, 1, 1)
     chosen = torch.tensor([False, True])
     got = compare(torch.tensor([[5.0], [0.0]]), torch.zeros(2, 1), routing, hosted, chosen)
@@ -66,6 +66,12 @@ def test_agreements_add_up() -> None:
     first = Agreement(tokens=1, logprob_abs_diff_max=0.5, decisions=2, mismatches=1, near_ties=3)
     second = Agreement(tokens=10, logprob_abs_diff_max=0.25, decisions=20, mismatches=0, near_ties=30)
     assert first + second == Agreement(tokens=11, logprob_abs_diff_max=0.5, decisions=22, mismatches=1, near_ties=33)
+
+
+def test_replays_add_up() -> None:
+    first = Replayed(decisions=1, differing=2, tokens=3, logprob_abs_diff_max=0.5)
+    second = Replayed(decisions=10, differing=20, tokens=30, logprob_abs_diff_max=0.25)
+    assert first + second == Replayed(decisions=11, differing=22, tokens=33, logprob_abs_diff_max=0.5)
 
 
 def qwen3_router() -> Qwen3MoeTopKRouter:

@@ -3,10 +3,11 @@
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from grpo.agreement import Agreement
+from grpo.agreement import Agreement, Replayed
 from grpo.figures import figures_of, misses
 from grpo.plot import draw
 from grpo.record import Record
@@ -16,7 +17,7 @@ from rich.console import Console
 REQUIRED = {
     *("updates", "reward_first", "reward_last", "hosts", "tokens", "transport", "update_s_median", "pause_s_median"),
     *("versions_seen", "completions_across_commits", "tokens_compared", "logprob_abs_diff_max"),
-    *("routing_decisions_compared", "routing_mismatches", "near_ties", "seconds"),
+    *("routing_decisions_compared", "routing_mismatches", "near_ties", "replay", "seconds"),
 }
 
 
@@ -55,6 +56,41 @@ def test_the_figures_of_a_good_run() -> None:
     assert figures["versions_seen"] == 41
     assert figures["completions_across_commits"] == 82
     assert misses(figures, hosts=2) == []
+
+
+def replaying_run() -> list[Record]:
+    replayed = Replayed(decisions=1000, differing=3, tokens=500, logprob_abs_diff_max=1e-6)
+    return [replace(one, replayed=replayed) for one in good_run()]
+
+
+def test_a_run_that_replays_tells_so_and_what_was_replayed() -> None:
+    plain = figures_of(good_run(), family="qwen3_moe", transport="shared_memory", seconds=60.0)
+    figures = figures_of(replaying_run(), family="qwen3_moe", transport="shared_memory", seconds=60.0)
+    assert json.loads(json.dumps(figures)) == figures
+    assert {name: value for name, value in figures.items() if plain.get(name) != value} == {
+        "replay": True,
+        "replay_decisions": 41_000,
+        "replay_decisions_other_than_own": 123,
+        "replay_tokens_compared": 20_500,
+        "replay_logprob_abs_diff_max": 1e-6,
+    }
+    assert not plain["replay"]
+    assert misses(figures, hosts=2) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("replay_decisions", 9999),
+        ("replay_tokens_compared", 9999),
+        ("replay_logprob_abs_diff_max", 1e-4),
+        ("replay_logprob_abs_diff_max", math.nan),
+    ],
+)
+def test_each_miss_of_a_replay_is_named(name: str, value: float) -> None:
+    figures = figures_of(replaying_run(), family="qwen3_moe", transport="shared_memory", seconds=60.0)
+    (line,) = misses(figures | {name: value}, hosts=2)
+    assert line.startswith(f"{name} is ")
 
 
 def test_a_run_without_updates_has_no_figures() -> None:
@@ -102,6 +138,14 @@ def test_plain_lines_tell_each_update_once() -> None:
     assert "reward 0.120" in lines[1]
     assert "tokens/s 4096" in lines[1]
     assert "routing mismatches 0 of 4000" in lines[1]
+    assert "replay" not in lines[1]
+
+
+def test_a_line_tells_what_was_replayed() -> None:
+    out = io.StringIO()
+    with PlainView(Console(file=out)) as view:
+        view.update(replaying_run()[0])
+    assert "replay 3 of 1000 decisions not the learner's own, log-prob gap 1.0e-06 over 500 tokens" in out.getvalue()
 
 
 def test_the_live_view_shows_the_last_update_and_the_runs_gaps() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grpo.agreement import Replayed
 from grpo.batch import Batch
 from grpo.checkpoint import build_model, write_checkpoint
 from grpo.errors import LearnerDied, LearnerFailed
@@ -46,9 +47,9 @@ def own_batch(model: PreTrainedModel) -> Batch:
     )
 
 
-def learner_of(family: str) -> Learner:
+def learner_of(family: str, *, replays: bool = False) -> Learner:
     torch.manual_seed(0)
-    return Learner(build_model(family), Hyperparameters())
+    return Learner(build_model(family), Hyperparameters(), replays=replays)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,6 +65,46 @@ def test_a_learner_agrees_with_itself_and_learns(family: str) -> None:
     assert trained.agreement.mismatches == 0
     changed = {name for name, tensor in learner.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_own_experts_replayed_make_the_same_step(family: str) -> None:
+    plain, replaying = learner_of(family), learner_of(family, replays=True)
+    batch = own_batch(plain.model)
+    without, trained = plain.step(batch), replaying.step(batch)
+    assert without.replayed is None
+    assert replace(trained, seconds=0.0, replayed=None) == replace(without, seconds=0.0)
+    assert trained.replayed == Replayed(
+        decisions=batch.expert_ids_SNLK[..., 0].size,
+        tokens=8 * ANSWER,
+        logprob_abs_diff_max=trained.agreement.logprob_abs_diff_max,
+    )
+    after = replaying.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in plain.model.state_dict().items())
+
+
+def test_what_the_learner_decides_by_itself_is_told_though_it_replays() -> None:
+    plain, replaying = learner_of("qwen3_moe"), learner_of("qwen3_moe", replays=True)
+    batch = own_batch(plain.model)
+    others = replace(batch, expert_ids_SNLK=(batch.expert_ids_SNLK + 1) % 8)
+    without, trained = plain.step(others), replaying.step(others)
+    assert trained.agreement == without.agreement
+    assert trained.agreement.mismatches > 0
+    assert trained.replayed is not None
+    assert trained.replayed.differing > 0
+    assert trained.replayed.logprob_abs_diff_max > 1e-4, "made with other experts"
+    after = replaying.model.state_dict()
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in plain.model.state_dict().items())
+
+
+def test_tokens_of_older_weights_are_replayed_and_not_compared() -> None:
+    learner = learner_of("qwen3_moe", replays=True)
+    batch = own_batch(learner.model)
+    learner.step(batch)
+    again = learner.step(batch).replayed
+    assert again is not None
+    assert again.decisions == batch.expert_ids_SNLK[..., 0].size
+    assert again.tokens == 0
 
 
 def test_tokens_of_older_weights_are_trained_on_and_not_compared() -> None:
@@ -110,7 +151,7 @@ def test_glm4_has_a_correction_bias_that_is_not_zero(tmp_path: Path) -> None:
 
 
 def test_the_learner_imports_neither_ray_nor_the_rollout() -> None:
-    code = "import sys, grpo.learner; print(sorted({'ray', 'rollout', 'routing'} & set(sys.modules)))"
+    code = "import sys, grpo.learner; print(sorted({'ray', 'rollout'} & set(sys.modules)))"
     paths = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True
@@ -129,8 +170,17 @@ def test_the_process_says_when_it_is_ready_and_goes_when_told(tmp_path: Path) ->
     ) as learner:
         ready = learner.receive("the learner to be ready", 60)
         assert isinstance(ready, Ready)
+        assert not ready.replays
         assert (tmp_path / "model" / "config.json").exists()
         assert learner.receive("nothing", 0.0) is None
+
+
+def test_the_process_is_told_to_replay(tmp_path: Path) -> None:
+    folder, log = tmp_path / "model", tmp_path / "learner.log"
+    with LearnerProcess(family="qwen3_moe", checkpoint=folder, seed=0, log=log, replays=True) as learner:
+        ready = learner.receive("the learner to be ready", 60)
+    assert isinstance(ready, Ready)
+    assert ready.replays
 
 
 def test_a_learner_that_fails_says_why(tmp_path: Path) -> None:
