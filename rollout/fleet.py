@@ -118,6 +118,9 @@ class Fleet:
         try:
             supervisor.start_all()
             supervisor.await_all()
+            introduced = [m.introduction for m in supervisor.members.values() if m.introduction is not None]
+            for found in dict.fromkeys(row for introduction in introduced for row in introduction.bits):
+                logger.info("bits of %s, as the hosts found them: %s: %s", found.operation, found.verdict, found.why)
             supervisor.watch()
             if fleet._reaper is not None:
                 fleet._reaper.watch_descendants()  # again: Ray's agents come after it

@@ -28,6 +28,7 @@ from rollout.model.hosted import HostedModel
 from rollout.outbox import Outbox
 from rollout.request import Completion, Prompt, SamplingParams, Score
 from rollout.scores import Scores
+from rollout.statement import Row, certified_rows
 from rollout.status import HostStatus
 from rollout.totals import HostTotals
 from rollout.updates import TimedReceiver, UpdateLog
@@ -58,6 +59,8 @@ class Introduction:
     """Its id on its machine."""
     machine: str
     """The machine's name."""
+    bits: tuple[Row, ...] = ()
+    """What it found about its router when it started."""
 
 
 class Host:
@@ -116,6 +119,7 @@ class Host:
             address=None if self._door is None else socket_path(config.name, host_id),
             process=os.getpid(),
             machine=socket.gethostname(),
+            bits=certified_rows(config, model.certification.reports),
         )
         self._loop.start()
 

@@ -21,4 +21,5 @@ def hosting_of(config: RolloutConfig, device: torch.device) -> Hosting:
         dtype=_DTYPES[config.dtype],
         platform="cuda" if device.type == "cuda" else "cpu",
         topk_reduce_func=config.topk_reduce_func,
+        certify=config.rl_mode,
     )

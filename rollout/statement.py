@@ -5,24 +5,18 @@ same release of PyTorch and the model's dtype. A compiled trainer, or one with f
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 
 from rollout.config import RolloutConfig
 from rollout.model.spec import DecoderSpec, MoeSpec
-from routing import GateSpec, Platform, ReduceKind
+from routing import GateSpec, Platform, ReduceKind, RouterSpec
+from routing.gate_claims import gate_claim
+from routing.parity import ParityReport
+from routing.trainers import trainer_named
+from routing.verdict import Verdict
 
-
-class Verdict(StrEnum):
-    """What may be promised about one operation's bits."""
-
-    EQUAL = "equal"
-    """The trainer's, given the trainer's input."""
-    UNPROVED = "unproved"
-    """They may be equal; nothing here shows it."""
-    IMPOSSIBLE = "impossible"
-    """They differ, or follow the batch, whatever the weights."""
+IDS, WEIGHTS = "expert ids, given the logits", "combine weights, given the logits"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +43,7 @@ def statement(config: RolloutConfig, spec: DecoderSpec, trainers: DecoderSpec, p
     if moe is not None and theirs is not None:
         rows += [
             _gate(moe.router.gate, theirs.router.gate, platform),
-            *_router(config, moe, platform),
+            *_router(config, moe.router, platform),
             _experts(platform),
         ]
     return (*rows, _logprobs(platform), _again(platform))
@@ -102,17 +96,23 @@ def _attention(platform: Platform) -> Row:
 def _gate(ours: GateSpec, trainers: GateSpec, platform: Platform) -> Row:
     if ours != trainers:
         why = (
-            f"{_shown(ours)} here, {_shown(trainers)} in the trainer: compute the trainer's gate as "
-            "routing.gate_logits does, or set gate: trainer"
+            f"{_shown(ours)} here, {_shown(trainers)} in the trainer: let the trainer run ours (routing.install_gate), "
+            "or set gate: trainer"
         )
         return _row("gate", Verdict.IMPOSSIBLE, why)
     if platform == "cpu":
         return _row("gate", Verdict.IMPOSSIBLE, "PyTorch's products on a CPU follow the batch: within 1e-5 in float32")
-    if ours.operand_dtype == torch.float32:
-        return _row(
-            "gate", Verdict.IMPOSSIBLE, "cuBLAS's float32 products follow the batch, the trainer's own included"
+    if gate_claim(ours).impossible is not None:
+        why = (
+            "cuBLAS's float32 products follow the batch, the trainer's own included: let the trainer run ours "
+            "(routing.install_gate)"
         )
-    return _row("gate", Verdict.UNPROVED, "cuBLAS splits the sum of some shapes where the batch is small")
+        return _row("gate", Verdict.IMPOSSIBLE, why)
+    why = (
+        "ours is free of the batch; cuBLAS splits the sum of some shapes where the batch is small: "
+        "`moe-rollout parity` measures this model's"
+    )
+    return _row("gate", Verdict.UNPROVED, why)
 
 
 def _shown(gate: GateSpec) -> str:
@@ -120,22 +120,60 @@ def _shown(gate: GateSpec) -> str:
     return f"{names[0]} operands and {names[1]} logits{' in TF32' if gate.tf32 else ''}"
 
 
-def _router(config: RolloutConfig, moe: MoeSpec, platform: Platform) -> list[Row]:
-    choice, combine = "expert ids, given the logits", "combine weights, given the logits"
+def certified_rows(config: RolloutConfig, reports: tuple[ParityReport, ...]) -> tuple[Row, ...]:
+    """The router's rows as a host found them when it started, in place of what `statement` expects.
+
+    Args:
+        config: the fleet's.
+        reports: of the host's routers; empty where its model has none.
+    """
+    unproved = _unproved(config)
+    rows = []
+    for report in reports[:1]:  # the routers of a model are alike
+        for name, differing in ((IDS, report.other_ids), (WEIGHTS, report.other_weights)):
+            why = f"{report.summary}{_fused(report) if name == WEIGHTS else ''}"
+            if report.mismatches and (differing or not (report.other_ids or report.other_weights)):
+                rows.append(_row(name, Verdict.IMPOSSIBLE, f"{report.mismatches[0].operation} differs; {why}"))
+            elif unproved is not None:
+                rows.append(_row(name, Verdict.UNPROVED, f"{unproved}; {why}"))
+            else:
+                rows.append(_row(name, Verdict.EQUAL, why))
+    return tuple(rows)
+
+
+def _fused(report: ParityReport) -> str:
+    if report.fusion is None:
+        return ""
+    form = report.fusion.form
+    how = "runs as it is" if form is None else f"runs as the fused {form.kind}"
+    return f"; {report.fusion.name} {how}: {report.fusion.why}; the trainer has to run the same one"
+
+
+def _unproved(config: RolloutConfig) -> str | None:
+    """Why nothing that is measured here speaks for the trainer."""
     if not isinstance(config.trainer, str):
-        why = "the router as it is spelled out, bit for bit; whether the trainer computes that is not known here"
-        rows = [_row(choice, Verdict.UNPROVED, why), _row(combine, Verdict.UNPROVED, why)]
+        return "the router as it is spelled out, bit for bit; whether the trainer computes that is not known here"
+    return trainer_named(config.trainer).unproved
+
+
+def _router(config: RolloutConfig, router: RouterSpec, platform: Platform) -> list[Row]:
+    unproved = _unproved(config)
+    if unproved is not None:
+        rows = [_row(IDS, Verdict.UNPROVED, unproved), _row(WEIGHTS, Verdict.UNPROVED, unproved)]
+    elif platform == "cuda" and not config.rl_mode:
+        why = "a host that starts says what it finds; with RL mode on it would refuse what differs"
+        rows = [_row(IDS, Verdict.UNPROVED, why), _row(WEIGHTS, Verdict.UNPROVED, why)]
     else:
-        how = "this machine's PyTorch runs it" if platform == "cpu" else "PyTorch's orders of summation, slots and ties"
-        why = f"{config.trainer}' own formula, {how}" if config.trainer.endswith("s") else f"{config.trainer}: {how}"
-        rows = [_row(choice, Verdict.EQUAL, why), _row(combine, Verdict.EQUAL, why)]
-    reduce = moe.router.reduce
+        how = "this machine's PyTorch runs it" if platform == "cpu" else "every host certifies it, or refuses to start"
+        why = f"{config.trainer}: its own formula; {how}"
+        rows = [_row(IDS, Verdict.EQUAL, why), _row(WEIGHTS, Verdict.EQUAL, why)]
+    reduce = router.reduce
     if reduce.kind is ReduceKind.CALLABLE:
         why = (
-            f"{reduce.path} (digest {str(reduce.digest)[:8]}) runs as it is; the trainer has to run the same one, and "
-            "nothing shows that its bits are free of the batch"
+            f"{reduce.path} (digest {str(reduce.digest)[:8]}); the trainer has to run the same one. A host that starts "
+            "tries it on probe rows, and runs a fused form in its place where every bit agrees"
         )
-        rows[1] = _row(combine, Verdict.UNPROVED, why)
+        rows[1] = _row(WEIGHTS, Verdict.UNPROVED, why)
     return rows
 
 

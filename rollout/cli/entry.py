@@ -10,6 +10,7 @@ from typing import NoReturn
 import rollout.cli.check as check
 import rollout.cli.generate as generate
 import rollout.cli.launch as launch
+import rollout.cli.parity as parity
 import rollout.cli.publish as publish
 import rollout.cli.status as status
 import rollout.cli.verify as verify
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (check, launch, generate, publish, status, verify):
+    for command in (check, parity, launch, generate, publish, status, verify):
         one = commands.add_parser(
             command.NAME,
             help=command.SUMMARY,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rollout.model.batch import KvCache
+from rollout.model.certification import Certification, certified
 from rollout.model.checkpoint import load_checkpoint, read_config
 from rollout.model.families import decoder_spec, hosted_layout
-from rollout.model.rehearsal import rehearse
+from rollout.model.rehearsal import naming_what_fails, rehearse
 from rollout.model.router import Hosting
 from rollout.model.spec import DecoderSpec
 from rollout.model.storage import allocate
@@ -30,6 +31,8 @@ class HostedModel:
     """By wire name."""
     wire_dtypes: Mapping[str, torch.dtype]
     """Of the tensors in the checkpoint, by wire name: narrower than the hosted ones where those widen them."""
+    certification: Certification
+    """What was found about the bits of its routers on this device."""
 
     @classmethod
     def load(cls, folder: Path | str, *, hosting: Hosting | None = None, device: torch.device | str) -> "HostedModel":
@@ -42,17 +45,27 @@ class HostedModel:
 
         Raises:
             ValueError: the config describes what is not supported, all offending keys are named; or an operation of the
-                model cannot be computed in this process on this device, which is named.
+                model cannot be computed in this process on this device, which is named; or a router has not the
+                trainer's bits here (ParityRefused), and the operation that differs is named.
             CheckpointError: files or tensors are missing, broken or do not fit; all are named.
         """
         hosting, kind = Hosting() if hosting is None else hosting, torch.device(device).type
         if hosting.platform != kind:
             raise ValueError(f"hosting.platform={hosting.platform!r}, but the model goes to {device}: they must agree")
-        spec = decoder_spec(read_config(folder), hosting)
+        asked = decoder_spec(read_config(folder), hosting)
+        with naming_what_fails(torch.device(device)):
+            certification = certified(asked, torch.device(device), refuses=hosting.certify)
+        spec = certification.spec
         parameters = allocate(spec, device)
         layout = hosted_layout(spec, parameters)
         wire_dtypes = load_checkpoint(folder, spec, layout, parameters)
-        model = cls(spec=spec, parameters=parameters, layout=layout, wire_dtypes=wire_dtypes)
+        model = cls(
+            spec=spec,
+            parameters=parameters,
+            layout=layout,
+            wire_dtypes=wire_dtypes,
+            certification=certification,
+        )
         rehearse(spec, parameters, model.kv_cache(blocks=1, block_size=1))
         return model
 

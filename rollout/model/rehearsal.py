@@ -5,7 +5,8 @@ dtype that a device has no kernel for, a reduce function that breaks its contrac
 """
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from rollout.model.batch import ForwardBatch, KvCache
 from rollout.model.decoder import Decoder
 from rollout.model.spec import DecoderSpec
+from routing.parity import ParityRefused
 
 _OURS = ("rollout.model.", "routing.")
 
@@ -41,9 +43,17 @@ def rehearse(spec: DecoderSpec, parameters: Mapping[str, Tensor], kv: KvCache) -
         block_tables_SB=zero[:, None],
         logit_rows_R=zero,
     )
+    with naming_what_fails(device), torch.no_grad():
+        Decoder(spec, parameters).forward(batch, kv, record_routing=True)
+
+
+@contextmanager
+def naming_what_fails(device: torch.device) -> Iterator[None]:
+    """Turns what is raised inside into a ValueError that names our operation. A ParityRefused names its own."""
     try:
-        with torch.no_grad():
-            Decoder(spec, parameters).forward(batch, kv, record_routing=True)
+        yield
+    except ParityRefused:
+        raise
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"this model cannot run on {device}: {_operation(error)}: {error}") from error
 

@@ -26,6 +26,8 @@ class Hosting:
     platform: Platform = "cpu"
     """Whose order of summation the router follows: that of the device that hosts the model, which a router spelled out
     cannot change."""
+    certify: bool = True
+    """Refuse a router that has not the trainer's bits on the hosting device, as RL mode does, or only say so."""
 
 
 def moe_spec(
@@ -82,4 +84,6 @@ def _spelled_out(fields: Mapping[str, Any], platform: Platform) -> RouterSpec:
         raise ValueError(
             "RouterSpec: expert_scale=True, but checkpoints of this architecture hold no such factors; leave it out"
         )
+    if router.gate.has_bias:
+        raise ValueError("GateSpec: has_bias=True, but gates of this architecture have no bias; leave it out")
     return router

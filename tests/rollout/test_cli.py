@@ -30,7 +30,7 @@ from rollout.whereabouts import Whereabouts, fleets_here
 from weights.digest import Digest
 from weights.version import WeightVersion
 
-COMMANDS = ("check", "launch", "generate", "publish", "status", "verify")
+COMMANDS = ("check", "parity", "launch", "generate", "publish", "status", "verify")
 
 
 @pytest.fixture(autouse=True)

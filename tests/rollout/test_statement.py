@@ -11,8 +11,11 @@ from torch import Tensor
 from rollout import RolloutConfig
 from rollout.hosting import hosting_of
 from rollout.model.families import decoder_spec
-from rollout.statement import Row, Verdict, statement
+from rollout.statement import Row, certified_rows, statement
 from routing import RouterSpec
+from routing.oracle import EagerOracle
+from routing.parity import ParityReport, certify, examine
+from routing.verdict import Verdict
 
 GIVEN = ("expert ids, given the logits", "combine weights, given the logits")
 
@@ -24,7 +27,7 @@ def halves(scores_TK: Tensor) -> Tensor:
 
 def said(hf_config: Any, platform: Any = "cpu", *, dtype: str = "float32", **changes: Any) -> dict[str, Row]:
     plain = hf_config.to_dict() | {"architectures": [ARCHITECTURES[hf_config.model_type]], "dtype": dtype}
-    config = RolloutConfig(name="x", model="x", rl_mode=True, **changes)
+    config = RolloutConfig(**{"name": "x", "model": "x", "rl_mode": True} | changes)
     hosting = replace(hosting_of(config, torch.device("cpu")), platform=platform)
     spec, trainers = decoder_spec(plain, hosting), decoder_spec(plain, replace(hosting, gate="trainer"))
     return {row.operation: row for row in statement(config, spec, trainers, platform)}
@@ -80,6 +83,61 @@ def test_a_reduce_function_is_named_with_its_digest_and_unproved() -> None:
     assert rows[GIVEN[0]].verdict is Verdict.EQUAL
     assert rows[GIVEN[1]].verdict is Verdict.UNPROVED
     assert f"{halves.__module__}:halves (digest " in rows[GIVEN[1]].why
+    assert "tries it on probe rows" in rows[GIVEN[1]].why
+
+
+def test_on_a_gpu_without_rl_mode_routing_is_unproved_until_a_host_has_tried_it() -> None:
+    assert said(qwen3_config(), "cuda")[GIVEN[0]].verdict is Verdict.EQUAL
+    rows = said(qwen3_config(), "cuda", rl_mode=False)
+    assert {rows[name].verdict for name in GIVEN} == {Verdict.UNPROVED}
+    assert "a host that starts says what it finds" in rows[GIVEN[0]].why
+
+
+def test_a_trainer_whose_kernels_do_not_run_here_is_unproved() -> None:
+    rows = said(qwen3_config(), trainer="paddle")
+    assert {rows[name].verdict for name in GIVEN} == {Verdict.UNPROVED}
+    assert "do not run beside PyTorch" in rows[GIVEN[0]].why
+
+
+CPU = torch.device("cpu")
+ROUTER = RouterSpec.from_trainer("transformers", glm4_config().to_dict(), dtype=torch.float32, platform="cpu")
+
+
+def found(report: ParityReport, **changes: Any) -> dict[str, Row]:
+    config = RolloutConfig(name="x", model="x", rl_mode=True, **changes)
+    return {row.operation: row for row in certified_rows(config, (report,))}
+
+
+def test_what_a_host_found_takes_the_place_of_what_was_expected() -> None:
+    rows = found(certify(ROUTER, CPU))
+    assert set(rows) == set(GIVEN)
+    assert {row.verdict for row in rows.values()} == {Verdict.EQUAL}
+    assert "probe tokens on cpu, PyTorch" in rows[GIVEN[0]].why
+    assert certified_rows(RolloutConfig(name="x", model="x", rl_mode=True), ()) == ()
+
+
+def test_what_a_host_found_about_a_reduce_function_is_said() -> None:
+    fused = found(certify(ROUTER, CPU, function=lambda x: x.sum(-1, keepdim=True)))
+    assert fused[GIVEN[1]].verdict is Verdict.EQUAL
+    assert "runs as the fused sum: all " in fused[GIVEN[1]].why
+    assert "fused" not in fused[GIVEN[0]].why
+    itself = found(certify(ROUTER, CPU, function=halves))
+    assert "halves runs as it is: the nearest form" in itself[GIVEN[1]].why
+
+
+def test_what_a_host_found_to_differ_is_impossible_and_named() -> None:
+    other = EagerOracle(spec=replace(ROUTER, scale=3.0))
+    rows = found(examine(ROUTER, CPU, oracle=other))
+    assert rows[GIVEN[0]].verdict is Verdict.EQUAL
+    assert rows[GIVEN[1]].verdict is Verdict.IMPOSSIBLE
+    assert rows[GIVEN[1]].why.startswith("scale differs")
+
+
+def test_what_a_host_found_does_not_vouch_for_a_trainer_that_was_not_run() -> None:
+    for trainer in ("paddle", ROUTER.to_plain()):
+        rows = found(certify(ROUTER, CPU), trainer=trainer)
+        assert {row.verdict for row in rows.values()} == {Verdict.UNPROVED}
+        assert "probe tokens" in rows[GIVEN[0]].why
 
 
 def test_a_model_without_routing_has_no_router_to_speak_of() -> None:
