@@ -3,10 +3,13 @@
 from routing.assignment import Assignment, Chosen
 from routing.comparison import ReplayReport
 from routing.completion_record import packed_record, padded_record
+from routing.expert_counts import expert_counts
+from routing.fusion import certify_reduce
 from routing.gate import gate_logits
 from routing.installed_gate import InstalledGate, install_gate
 from routing.kernel import kernel_chosen, kernel_route, kernel_route_from_scores
 from routing.model_routers import RouterClass
+from routing.parity import ParityRefused, ParityReport, certify, examine
 from routing.permute import ExpertGroups, gather_tokens, group_by_expert
 from routing.record import RoutingRecord
 from routing.reduce_function import ReduceFunction, probe_digest, resolve, returns_weights
@@ -34,6 +37,8 @@ __all__ = [
     "GroupScore",
     "GroupSpec",
     "InstalledGate",
+    "ParityRefused",
+    "ParityReport",
     "Platform",
     "ReduceFunction",
     "ReduceKind",
@@ -46,6 +51,10 @@ __all__ = [
     "SlotOrder",
     "SumOrder",
     "TopkReduce",
+    "certify",
+    "certify_reduce",
+    "examine",
+    "expert_counts",
     "gate_logits",
     "gather_tokens",
     "group_by_expert",

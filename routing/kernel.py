@@ -47,9 +47,9 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 @triton.jit(do_not_specialize=["T"])
 def _topk_kernel(
     values_ptr, bias_ptr, expert_scale_ptr, num_tokens_ptr, counts_ptr, ids_ptr, weights_ptr, T, stride_t, stride_e,
-    E: tl.constexpr, E_P: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, LOG_K_P: tl.constexpr,
+    stride_c, E: tl.constexpr, E_P: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, LOG_K_P: tl.constexpr,
     BLOCK_T: tl.constexpr, EXACT_T: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, J: tl.constexpr,
-    BOUNDED: tl.constexpr, ORDERED: tl.constexpr,
+    DEPTH: tl.constexpr, BOUNDED: tl.constexpr, ORDERED: tl.constexpr,
     SCORE: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr, TOP: tl.constexpr, TOP_P: tl.constexpr,
     LOG_TOP_P: tl.constexpr, MASK_VALUE: tl.constexpr, MASKS_SCORES: tl.constexpr,
@@ -69,15 +69,18 @@ def _topk_kernel(
         is_padding = ((first + tile >= count) & (first + tile < T))[:, None] & (slot < K)
         tl.store(ids_ptr + offsets, -1, mask=is_padding)
         tl.store(weights_ptr + offsets, narrowed(tl.zeros([BLOCK_T, K_P], tl.float32), OUT), mask=is_padding)
+        if first >= count:
+            return
     is_done = is_token == 0
     if BOUNDED:
         ids, score, is_done = bounded_rows(
-            values_ptr, bias_ptr, first + tile, stride_t, stride_e, is_token, E, BLOCK_T, C, LOG_C, J, E_P - 1, K, K_P,
-            SCORE, SORTED, HAS_BIAS, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED, LIBDEVICE,
+            values_ptr, bias_ptr, first + tile, stride_t, stride_e, is_token, E, BLOCK_T, C, LOG_C, J, DEPTH, E_P - 1,
+            K, K_P, SCORE, SORTED, HAS_BIAS, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED, LIBDEVICE,
         )  # fmt: skip
         _store(
-            ids, score, first + tile, is_done, expert_scale_ptr, counts_ptr, ids_ptr, weights_ptr, BLOCK_T, K, K_P,
-            LOG_K_P, SOFTMAX_CHOSEN, REDUCE, EPS, HAS_SCALE, SCALE, HAS_EXPERT_SCALE, ADJACENT, CHAIN, OUT, LIBDEVICE,
+            ids, score, first + tile, is_done, expert_scale_ptr, counts_ptr, stride_c, ids_ptr, weights_ptr, BLOCK_T, K,
+            K_P, LOG_K_P, SOFTMAX_CHOSEN, REDUCE, EPS, HAS_SCALE, SCALE, HAS_EXPERT_SCALE, ADJACENT, CHAIN, OUT,
+            LIBDEVICE,
         )  # fmt: skip
         is_done = is_done | (is_token == 0)
     if tl.min(is_done.to(tl.int32), axis=0) == 0:
@@ -94,16 +97,16 @@ def _topk_kernel(
                     SCORE_DTYPE, CHOICE, LIBDEVICE,
                 )  # fmt: skip
                 _store(
-                    exact_ids, exact_score, row, is_due, expert_scale_ptr, counts_ptr, ids_ptr, weights_ptr, EXACT_T,
-                    K, K_P, LOG_K_P, SOFTMAX_CHOSEN, REDUCE, EPS, HAS_SCALE, SCALE, HAS_EXPERT_SCALE, ADJACENT, CHAIN,
-                    OUT, LIBDEVICE,
+                    exact_ids, exact_score, row, is_due, expert_scale_ptr, counts_ptr, stride_c, ids_ptr, weights_ptr,
+                    EXACT_T, K, K_P, LOG_K_P, SOFTMAX_CHOSEN, REDUCE, EPS, HAS_SCALE, SCALE, HAS_EXPERT_SCALE,
+                    ADJACENT, CHAIN, OUT, LIBDEVICE,
                 )  # fmt: skip
 
 
 @triton.jit
 def _store(
-    ids, score, row, is_stored, expert_scale_ptr, counts_ptr, ids_ptr, weights_ptr, B: tl.constexpr, K: tl.constexpr,
-    K_P: tl.constexpr, LOG_K_P: tl.constexpr, SOFTMAX_CHOSEN: tl.constexpr, REDUCE: tl.constexpr, EPS: tl.constexpr,
+    ids, score, row, is_stored, expert_scale_ptr, counts_ptr, stride_c, ids_ptr, weights_ptr, B: tl.constexpr,
+    K: tl.constexpr, K_P: tl.constexpr, LOG_K_P: tl.constexpr, SOFTMAX_CHOSEN: tl.constexpr, REDUCE: tl.constexpr, EPS: tl.constexpr,
     HAS_SCALE: tl.constexpr, SCALE: tl.constexpr, HAS_EXPERT_SCALE: tl.constexpr, ADJACENT: tl.constexpr,
     CHAIN: tl.constexpr, OUT: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +122,7 @@ def _store(
     tl.store(ids_ptr + offsets, ids, mask=mask)
     tl.store(weights_ptr + offsets, narrowed(rounded(w, OUT), OUT), mask=mask)
     if counts_ptr is not None:
-        tl.atomic_add(counts_ptr + ids, 1, mask=mask, sem="relaxed")
+        tl.atomic_add(counts_ptr + ids * stride_c, 1, mask=mask, sem="relaxed")
 
 
 def kernel_route(
@@ -134,7 +137,8 @@ def kernel_route(
     """Routes logits in the gate's output dtype. ValueError for operands that do not fit, and for a CALLABLE reduce.
 
     num_tokens: an int32 scalar tensor on the device; rows from there on are padding, with ids -1 and weights 0.
-    counts_E: int32 [E], to which the tokens of each expert are added; the caller zeroes it.
+    counts_E: int32 [E] of any stride, to which the tokens of each expert are added; the caller zeroes it. See
+    routing.expert_counts.
     """
     check_operands(
         logits_TE, spec, dtype=spec.gate.output_dtype, bias_E=bias_E, expert_scale_E=expert_scale_E,
@@ -210,10 +214,11 @@ def _launch(
     shape = launch_shape(T, is_bounded=constants["BOUNDED"])
     bias_E = None if given.bias_E is None else given.bias_E.contiguous()
     expert_scale_E = None if given.expert_scale_E is None else given.expert_scale_E.contiguous()
+    stride_c = 0 if given.counts_E is None else given.counts_E.stride(0)
     with quietly() if INTERPRETED else _device_of(values_TE):
         _topk_kernel[(triton.cdiv(T, shape["BLOCK_T"]),)](
             values_TE, bias_E, expert_scale_E, given.num_tokens, given.counts_E, ids_TK, weights_TK, T,
-            values_TE.stride(0), values_TE.stride(1), **constants, **shape, **LAUNCH_OPTIONS,
+            values_TE.stride(0), values_TE.stride(1), stride_c, **constants, **shape, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return ids_TK, weights_TK
 
@@ -234,6 +239,7 @@ def kernel_constants(spec: RouterSpec, *, score: str, is_raw: bool) -> dict[str,
         "C": columns,
         "LOG_C": columns.bit_length() - 1,
         "J": triton.cdiv(spec.num_experts, columns),
+        "DEPTH": 4 if spec.top_k <= 10 else 6,  # a column with more of the best than that is rare
         "BOUNDED": is_bounded(spec),
         "SCORE": score,
         "SORTED": spec.slot_order is SlotOrder.SORTED,

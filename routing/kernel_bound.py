@@ -7,14 +7,14 @@ result. So experts are ranked by words of 32 bits: the leading bits of a number 
 the expert's index, which makes every word another. The K largest words name the candidates, the next one bounds all the
 rest. Candidates are then computed exactly. A row is *certain* if the least of them lies above that bound by more than
 every rounding on the way; then the candidates are the trainer's choice, in no tie with another expert. Ties, NaN,
-infinities and near ties are not certain, and go to routing.kernel_exact.
+infinities and near ties at the boundary are not certain, and go to routing.kernel_exact.
 
 The number behind a word:
     the logit itself, where scores rise with logits and no bias stands between (any softmax over all counts);
     with a bias, an approximate score (ex2.approx, rcp.approx: under 2^-21) plus the bias;
     in groups likewise. A group is kept if it beats the next one by more than the rounding of words.
 
-A tile is [BLOCK_T, C]: 32 experts of each row, and J tiles are a row. Each of the C columns keeps its best four words
+A tile is [BLOCK_T, C]: 32 experts of each row, and J tiles are a row. Each of the C columns keeps its best DEPTH words
 in order, so that the next best of a row is a maximum over columns; a column that runs dry makes its row uncertain.
 """
 
@@ -23,9 +23,19 @@ in order, so that the next best of a row is a maximum over columns; a column tha
 import triton
 import triton.language as tl
 
-from routing.kernel_order import divided, exp, halving_sum, places, sigmoid, sources, sqrt_softplus, widened
+from routing.kernel_order import (
+    arranged,
+    bits_of,
+    divided,
+    exp,
+    halving_sum,
+    number_of,
+    rank_key,
+    sigmoid,
+    sqrt_softplus,
+    widened,
+)
 
-DEPTH = tl.constexpr(4)
 LEAST_VALUE = tl.constexpr(-3.0e38)
 """Below every value that can be chosen. -inf would be no number once an index stands in its low bits."""
 SLACK = tl.constexpr(1e-5)
@@ -63,7 +73,7 @@ def _most(word, MASK: tl.constexpr, ORDERED: tl.constexpr):
 
 
 @triton.jit
-def _inserted(heads, word):
+def _inserted(heads, word, DEPTH: tl.constexpr):
     """The columns' best words, in order, with one more word to each."""
     result = ()
     for level in tl.static_range(len(heads)):
@@ -175,9 +185,9 @@ def _masked_groups(
 @triton.jit
 def bounded_rows(
     values_ptr, bias_ptr, row, stride_t, stride_e, is_token, E: tl.constexpr, BLOCK_T: tl.constexpr, C: tl.constexpr,
-    LOG_C: tl.constexpr, J: tl.constexpr, MASK: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, SCORE: tl.constexpr,
-    SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr,
-    TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+    LOG_C: tl.constexpr, J: tl.constexpr, DEPTH: tl.constexpr, MASK: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr,
+    SCORE: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr,
+    KEPT: tl.constexpr, TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_T, K_P] twice: expert ids and raw scores in slot order, zeros past the last slot; [BLOCK_T]: certain?"""
     LOWEST: tl.constexpr = -0x80000000 if ORDERED else float("-inf")
@@ -219,7 +229,7 @@ def bounded_rows(
 
     heads = ()
     for j in tl.static_range(J):
-        heads = _inserted(heads, _word(values[j], j * C + c, MASK, ORDERED))
+        heads = _inserted(heads, _word(values[j], j * C + c, MASK, ORDERED), DEPTH)
     slot = tl.broadcast_to(tl.arange(0, K_P)[None, :], [BLOCK_T, K_P])
     is_slot = slot < K
     words = tl.zeros([BLOCK_T, K_P], heads[0].dtype)
@@ -248,20 +258,6 @@ def bounded_rows(
         bound = rest
     least = tl.min(tl.where(is_slot, choice, float("inf")), axis=1)[:, None]
     certain = certain & tl.reshape(bound < least, [BLOCK_T])
-
-    # the slots: descending by choice, or ascending by expert with the least choice last
-    if SORTED:
-        order = tl.where(is_slot, -choice, float("inf"))
-        ties = tl.zeros([BLOCK_T, K_P], tl.int32)
-        for step in tl.static_range(1, K_P):
-            ties += (is_slot & (tl.gather(order, slot ^ step, axis=1) == order)).to(tl.int32)
-        certain = certain & (tl.max(ties, axis=1) == 0)
-        place = tl.where(is_slot, places(order, slot, K_P), slot)
-    else:
-        is_last = is_slot & (choice == least)
-        certain = certain & (tl.sum(is_last.to(tl.int32), axis=1) == 1)
-        place = places(tl.where(is_slot, tl.where(is_last, MASK + 1, ids), MASK + 2 + slot), slot, K_P)
-    source = sources(place, slot, K_P)
-    ids = tl.where(is_slot, tl.gather(ids, source, axis=1), 0)
-    score = tl.where(is_slot, tl.gather(score, source, axis=1), 0.0)
-    return ids, score, certain
+    key, is_row = rank_key(choice), certain[:, None]
+    ids, bits = arranged(key, ids, bits_of(score), slot, is_slot, is_row, SORTED, K, K_P, MASK + 1)
+    return tl.where(is_slot, ids, 0), tl.where(is_slot, number_of(bits), 0.0), certain

@@ -8,24 +8,20 @@ import triton
 import triton.language as tl
 
 from routing.kernel_order import (
-    SORT_WIRES,
+    arranged,
     bits_of,
     divided,
     exp,
     halving_sum,
     held,
-    highest,
     lowest,
     number_of,
-    places,
     rank_key,
     ranked_value,
     rounded,
     row_max,
     sigmoid,
     slot_sum,
-    sort_slots,
-    sources,
     sqrt_softplus,
 )
 
@@ -81,10 +77,10 @@ def _in_kept_group(
     g = tl.arange(0, COUNT_P)[None, :]
     place = tl.arange(0, TOP_P)[None, :]
     group_key = tl.full([B, COUNT_P], LOWEST, key.dtype)
-    for index in tl.static_range(COUNT):
+    for index in range(COUNT):
         members = tl.where(group == index, key, LOWEST)
         best = number_of(tl.zeros([B, TOP_P], key.dtype))
-        for rank in tl.static_range(TOP):
+        for rank in range(TOP):
             largest, expert = _best(members, e[None, :], key.shape[1])
             members = tl.where(e[None, :] == expert, LOWEST, members)
             best = tl.where(place == rank, ranked_value(largest), best)
@@ -92,7 +88,7 @@ def _in_kept_group(
             best = rounded(slot_sum(best, B, TOP, TOP_P, LOG_TOP_P, ADJACENT), CHOICE)
         group_key = tl.where(g == index, rank_key(best), group_key)
     kept = tl.zeros_like(key).to(tl.int32)
-    for _ in tl.static_range(KEPT):
+    for _ in range(KEPT):
         _largest, chosen = _best(group_key, g, COUNT_P)
         group_key = tl.where(g == chosen, LOWEST, group_key)
         kept = tl.where(group == chosen, 1, kept)
@@ -130,31 +126,11 @@ def exact_rows(
     is_slot = slot < K
     ids = tl.zeros([B, K_P], tl.int32)
     keys = tl.full([B, K_P], LOWEST, key.dtype)
-    for rank in tl.static_range(K):
+    for rank in range(K):
         largest, expert = _best(key, e[None, :], E_P)
         key = tl.where(e[None, :] == expert, LOWEST, key)
         ids = tl.where(slot == rank, expert, ids)
         keys = tl.where(slot == rank, largest, keys)
     bits = tl.where(is_slot, tl.gather(bits_of(score), ids, axis=1), 0)
-
-    # lay out: those above the k-th key by ascending expert, then those equal to it, lowest expert first
-    kth = tl.min(tl.where(is_slot, keys, highest(keys)), axis=1)[:, None]
-    order = tl.where(is_slot, tl.where(keys > kth, ids, E_P + ids), 2 * E_P + slot)
-    if SORTED and K > 1:
-        keys = tl.where(keys == -1, 0, keys)  # the sort, unlike the choice, takes -0.0 for +0.0
-        ties = tl.zeros([B, K_P], tl.int32)
-        for step in tl.static_range(1, K_P):
-            ties += (is_slot & (tl.gather(keys, slot ^ step, axis=1) == keys)).to(tl.int32)
-        if tl.max(tl.max(ties, axis=1), axis=0) > 0:  # else they are in order as they were found
-            source = sources(places(order, slot, K_P), slot, K_P)
-            wire = tl.broadcast_to(tl.arange(0, SORT_WIRES)[None, :], [B, SORT_WIRES])
-            wire_source = tl.gather(source, wire & (K_P - 1), axis=1)
-            wire_keys = tl.where(wire < K, tl.gather(keys, wire_source, axis=1), LOWEST)
-            wire_ids = tl.where(wire < K, tl.gather(ids, wire_source, axis=1), 0)
-            wire_bits = tl.where(wire < K, tl.gather(bits, wire_source, axis=1), 0)
-            wire_ids, wire_bits = sort_slots(wire_keys, wire_ids, wire_bits, B)
-            ids, bits = tl.gather(wire_ids, slot, axis=1), tl.gather(wire_bits, slot, axis=1)
-    else:
-        source = sources(places(order, slot, K_P), slot, K_P)
-        ids, bits = tl.gather(ids, source, axis=1), tl.gather(bits, source, axis=1)
+    ids, bits = arranged(keys, ids, bits, slot, is_slot, is_token[:, None], SORTED, K, K_P, E_P)
     return ids, number_of(bits)

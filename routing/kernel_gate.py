@@ -37,10 +37,23 @@ FP64_ROWS = 8192
 
 
 @triton.jit
-def _operand(x, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr):
+def _tf32(x):
+    """The nearest number of 10 fraction bits, ties to even, held as fp32. One of 16 bits has no more to begin with."""
+    result = widened(x)
+    if x.dtype.primitive_bitwidth > 16:
+        bits = result.to(tl.int32, bitcast=True)
+        nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
+        result = tl.where(result != result, 0x7FC00000, nearest).to(tl.float32, bitcast=True)
+    return result
+
+
+@triton.jit
+def _operand(x, OPERAND: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """Rounded to OPERAND. The interpreter holds it as fp32: NumPy has no bf16, and products are exact either way."""
     if OPERAND == tl.float64:  # noqa: SIM300  (a parameter, not a constant)
         result = x
+    elif PRECISION == "tf32":
+        result = _tf32(x)
     elif INTERPRETED:
         result = rounded(widened(x), OPERAND)
     else:
@@ -72,13 +85,13 @@ def _gate_kernel(
             is_in = (start + d < D)[None, :]
             hidden = tl.load(hidden_ptrs, mask=is_token & is_in, other=0.0)
             weight = tl.load(weight_ptrs, mask=is_expert & is_in, other=0.0)
-        hidden = _operand(hidden, OPERAND, INTERPRETED)
-        weight = _operand(weight, OPERAND, INTERPRETED)
+        hidden = _operand(hidden, OPERAND, PRECISION, INTERPRETED)
+        weight = _operand(weight, OPERAND, PRECISION, INTERPRETED)
         sums = tl.dot(hidden, tl.trans(weight), sums, input_precision=PRECISION, out_dtype=ACCUMULATE)
         hidden_ptrs += BLOCK_D
         weight_ptrs += BLOCK_D
     if HAS_BIAS:
-        bias = _operand(tl.load(bias_ptr + e, mask=e < E, other=0.0), OPERAND, INTERPRETED)
+        bias = _operand(tl.load(bias_ptr + e, mask=e < E, other=0.0), OPERAND, "ieee", INTERPRETED)
         sums += bias.to(ACCUMULATE)[None, :]
     logits = narrowed(rounded(sums, OUT), OUT)
     tl.store(logits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], logits, mask=is_token & (e < E)[None, :])

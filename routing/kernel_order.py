@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-SORT_WIRES = tl.constexpr(32)
-
 
 @triton.jit
 def exp(x, LIBDEVICE: tl.constexpr):
@@ -202,7 +200,7 @@ def softmax_slots(x, is_slot, BLOCK_T: tl.constexpr, N: tl.constexpr, LOG_N: tl.
 
 
 @triton.jit
-def places(order, slot, N: tl.constexpr):
+def _places(order, slot, N: tl.constexpr):
     """[BLOCK_T, N]: where each slot goes, if they are arranged by ascending `order`, numbers that are all different."""
     place = tl.zeros_like(slot)
     for step in tl.static_range(1, N):
@@ -211,12 +209,76 @@ def places(order, slot, N: tl.constexpr):
 
 
 @triton.jit
-def sources(place, slot, N: tl.constexpr):
-    """[BLOCK_T, N]: the inverse of `places`: the slot that comes to each place."""
+def _sources(place, slot, N: tl.constexpr):
+    """[BLOCK_T, N]: the inverse of `_places`: the slot that comes to each place."""
     source = slot
     for step in tl.static_range(1, N):
         source = tl.where(tl.gather(place, slot ^ step, axis=1) == slot, slot ^ step, source)
     return source
+
+
+@triton.jit
+def arranged(
+    key, ids, bits, slot, is_slot, is_row, SORTED: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr,
+    E_P: tl.constexpr,
+):  # fmt: skip
+    """The chosen of each row in slot order: expert ids, and the bits of their scores; tiles [BLOCK_T, K_P].
+
+    key: rank keys of what they were chosen by. Unsorted: those above the least key by ascending expert, then those
+    equal to it, lowest expert first. Sorted: descending, and ties as the network leaves them. is_row, [BLOCK_T, 1]: the
+    rows for whose ties the network is worth its time.
+    """
+    least = tl.min(tl.where(is_slot, key, highest(key)), axis=1)[:, None]
+    unsorted = tl.where(is_slot, tl.where(key > least, ids, E_P + ids), 2 * E_P + slot)
+    if SORTED and K > 1:
+        key = tl.where(key == -1, 0, key)  # the sort, unlike the choice, takes -0.0 for +0.0
+        key = tl.where(is_slot, key, lowest(key))
+        ties = tl.zeros_like(slot)
+        for step in tl.static_range(1, K_P):
+            ties += (is_row & is_slot & (tl.gather(key, slot ^ step, axis=1) == key)).to(tl.int32)
+        if tl.max(tl.max(ties, axis=1), axis=0) > 0:
+            source = _sources(_places(unsorted, slot, K_P), slot, K_P)
+            key = tl.gather(key, source, axis=1)
+            ids, bits = tl.gather(ids, source, axis=1), tl.gather(bits, source, axis=1)
+            ids, bits = _sorted(key, ids, bits, slot, K_P)
+        else:
+            place = tl.where(is_slot, _places(~key, slot, K_P), slot)
+            source = _sources(place, slot, K_P)
+            ids, bits = tl.gather(ids, source, axis=1), tl.gather(bits, source, axis=1)
+    else:
+        source = _sources(_places(unsorted, slot, K_P), slot, K_P)
+        ids, bits = tl.gather(ids, source, axis=1), tl.gather(bits, source, axis=1)
+    return ids, bits
+
+
+@triton.jit
+def _sorted(key, ids, bits, wire, N: tl.constexpr):
+    """The bitonic network of routing.cuda_order.sort_slots, on the first N of its 32 wires; the others never move.
+
+    Keys decide, the lowest integer on the wires past the last slot; ids and the bits of the scores travel along. A tie
+    moves, and so the order of ties is what it is.
+    """
+    for stage in tl.static_range(1, 5):
+        for step in tl.static_range(stage):
+            if 1 << (stage - 1 - step) < N:
+                key, ids, bits = _exchange(key, ids, bits, wire, 1 << (stage - 1 - step), 1 << (stage - 1))
+    for step in tl.static_range(5):
+        if 16 >> step < N:
+            key, ids, bits = _exchange(key, ids, bits, wire, 16 >> step, 0)
+    return ids, bits
+
+
+@triton.jit
+def _exchange(key, ids, bits, wire, STRIDE: tl.constexpr, UPWARD_BIT: tl.constexpr):
+    thread = (wire // (2 * STRIDE)) * STRIDE + wire % STRIDE
+    is_first = (wire & STRIDE) == 0
+    other = tl.gather(key, wire ^ STRIDE, axis=1)
+    first, second = tl.where(is_first, key, other), tl.where(is_first, other, key)
+    in_order = (first > second) | (second == lowest(key))
+    moves = in_order == ((thread & UPWARD_BIT) != 0)
+    ids = tl.where(moves, tl.gather(ids, wire ^ STRIDE, axis=1), ids)
+    bits = tl.where(moves, tl.gather(bits, wire ^ STRIDE, axis=1), bits)
+    return tl.where(moves, other, key), ids, bits
 
 
 @triton.jit
@@ -247,32 +309,3 @@ def weighed(
     if HAS_EXPERT_SCALE:
         w = rounded(w * held(tl.load(expert_scale_ptr + ids, mask=is_slot, other=0.0), CHAIN), CHAIN)
     return w
-
-
-@triton.jit
-def sort_slots(key, ids, bits, BLOCK_T: tl.constexpr):
-    """The bitonic network of routing.cuda_order.sort_slots: tiles [BLOCK_T, 32], a wire to a column.
-
-    Keys decide, the lowest integer on the wires past the last slot; ids and the bits of the scores travel along. A tie
-    moves, and so the order of ties is what it is.
-    """
-    for stage in tl.static_range(1, 5):
-        for step in tl.static_range(stage):
-            key, ids, bits = _exchange(key, ids, bits, BLOCK_T, 1 << (stage - 1 - step), 1 << (stage - 1))
-    for step in tl.static_range(5):
-        key, ids, bits = _exchange(key, ids, bits, BLOCK_T, 16 >> step, 0)
-    return ids, bits
-
-
-@triton.jit
-def _exchange(key, ids, bits, BLOCK_T: tl.constexpr, STRIDE: tl.constexpr, UPWARD_BIT: tl.constexpr):
-    wire = tl.broadcast_to(tl.arange(0, SORT_WIRES)[None, :], [BLOCK_T, SORT_WIRES])
-    thread = (wire // (2 * STRIDE)) * STRIDE + wire % STRIDE
-    is_first = (wire & STRIDE) == 0
-    other = tl.gather(key, wire ^ STRIDE, axis=1)
-    first, second = tl.where(is_first, key, other), tl.where(is_first, other, key)
-    in_order = (first > second) | (second == lowest(key))
-    moves = in_order == ((thread & UPWARD_BIT) != 0)
-    ids = tl.where(moves, tl.gather(ids, wire ^ STRIDE, axis=1), ids)
-    bits = tl.where(moves, tl.gather(bits, wire ^ STRIDE, axis=1), bits)
-    return tl.where(moves, other, key), ids, bits

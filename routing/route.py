@@ -27,8 +27,9 @@ def route(
     topk_reduce_func, or the function that the spec's reduce names, replaces the spec's reduce: see
     routing.reduce_function. The scale applies in every case. num_tokens: an int32 scalar tensor on the device, so that
     a captured graph can serve fewer tokens than its batch; rows from there on are padding, with ids -1 and weights 0.
-    counts_E: int32 [E], to which the tokens of each expert are added, padding excepted; the caller zeroes it.
-    ValueError for whatever cannot be honoured; no other formula is ever used instead.
+    counts_E: int32 [E], to which the tokens of each expert are added, padding excepted; the caller zeroes it, and
+    routing.expert_counts makes one that is fast to add to. ValueError for whatever cannot be honoured; no other formula
+    is ever used instead.
     """
     if logits_TE.device.type != spec.platform:
         raise ValueError(

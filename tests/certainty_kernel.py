@@ -14,13 +14,13 @@ from routing.kernel_bound import bounded_rows
 @triton.jit
 def _certain_kernel(
     values_ptr, bias_ptr, certain_ptr, T, stride_t, E: tl.constexpr, BLOCK_T: tl.constexpr, C: tl.constexpr,
-    LOG_C: tl.constexpr, J: tl.constexpr, E_P: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, SCORE: tl.constexpr,
-    SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr,
-    TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+    LOG_C: tl.constexpr, J: tl.constexpr, DEPTH: tl.constexpr, E_P: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr,
+    SCORE: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr,
+    KEPT: tl.constexpr, TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     _ids, _scores, certain = bounded_rows(
-        values_ptr, bias_ptr, row, stride_t, 1, row < T, E, BLOCK_T, C, LOG_C, J, E_P - 1, K, K_P, SCORE, SORTED,
+        values_ptr, bias_ptr, row, stride_t, 1, row < T, E, BLOCK_T, C, LOG_C, J, DEPTH, E_P - 1, K, K_P, SCORE, SORTED,
         HAS_BIAS, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED, LIBDEVICE,
     )  # fmt: skip
     tl.store(certain_ptr + row, certain.to(tl.int32), mask=row < T)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from certainty_kernel import certain_rows
 
-from routing import ReduceFunction, RouterSpec, route
+from routing import ReduceFunction, RouterSpec, expert_counts, route
 from routing.kernel import is_bounded
 from routing.oracle import EagerOracle
 from routing_bench.rows import Batch, bulk, corpus, odd_strides, strided
@@ -96,7 +96,7 @@ def counts_and_padding(spec: RouterSpec, device: torch.device, *, tokens: int) -
     expected = EagerOracle(spec=spec)(batch.logits_TE, bias_E=batch.bias_E, expert_scale_E=None)
     ids_TK, weights_TK = expected.ids_TK.clone(), expected.weights_TK.clone()
     ids_TK[real:], weights_TK[real:] = -1, 0.0
-    counts_E = torch.zeros(spec.num_experts, dtype=torch.int32, device=device)
+    counts_E = expert_counts(spec.num_experts, device)
     num_tokens = torch.tensor(real, dtype=torch.int32, device=device)
     with poisoned_memory():
         found = route(batch.logits_TE, spec, **batch.operands, num_tokens=num_tokens, counts_E=counts_E)

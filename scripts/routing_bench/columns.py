@@ -15,6 +15,7 @@ from routing import (
     ScoreFunction,
     SlotOrder,
     TopkReduce,
+    expert_counts,
     kernel_route,
     route,
 )
@@ -57,7 +58,7 @@ class Column:
             case Way.FUSED:
                 return lambda: kernel_route(logits_TE, spec, **operands)
             case Way.COUNTED:
-                counts_E = torch.zeros(spec.num_experts, dtype=torch.int32, device=logits_TE.device)
+                counts_E = expert_counts(spec.num_experts, logits_TE.device)
                 return lambda: kernel_route(logits_TE, spec, **operands, counts_E=counts_E)
             case Way.FUNCTION:
                 return lambda: route(logits_TE, spec, **operands, topk_reduce_func=FUNCTION)

@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from certainty_kernel import certain_rows
 
-from routing import RouterSpec, kernel_chosen, kernel_route
+from routing import RouterSpec, expert_counts, kernel_chosen, kernel_route
 from routing.kernel import is_bounded, kernel_constants, launch_shape
 from routing_bench.rows import bulk, odd_strides
 
@@ -104,7 +104,7 @@ def launch(spec: RouterSpec, kind: Kind, device: torch.device) -> None:
         certain_rows(batch.logits_TE, spec, bias_E=batch.bias_E)
         return
     if kind in (Kind.COUNTED_FEW, Kind.COUNTED_MANY, Kind.PADDED):
-        operands["counts_E"] = torch.zeros(spec.num_experts, dtype=torch.int32, device=device)
+        operands["counts_E"] = expert_counts(spec.num_experts, device)
     if kind is Kind.PADDED:
         operands["num_tokens"] = torch.tensor(FEW, dtype=torch.int32, device=device)
     call: Callable[..., object] = kernel_chosen if kind in (Kind.CHOSEN_FEW, Kind.CHOSEN_MANY) else kernel_route

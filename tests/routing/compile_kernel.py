@@ -35,6 +35,7 @@ def ptx(spec: RouterSpec, score: str, rows: str) -> str:
         "T": "i32",
         "stride_t": "i32",
         "stride_e": "i32",
+        "stride_c": "i32",
     }
     for name, is_given in (("bias_ptr", spec.has_bias), ("expert_scale_ptr", spec.expert_scale)):
         if not is_given:

@@ -5,7 +5,7 @@ import torch
 from router_rows import SPECS, bits, logit_rows, operands
 from torch import Tensor
 
-from routing import Assignment, RouterSpec, kernel_chosen, kernel_route, reference, route
+from routing import Assignment, RouterSpec, expert_counts, kernel_chosen, kernel_route, reference, route
 
 NAMES = ["qwen3", "glm4", "deepseek_v3", "lfm2, a bf16 chain", "one slot"]
 
@@ -37,7 +37,8 @@ def test_rows_from_num_tokens_on_are_routed_nowhere_and_not_counted(name: str, s
     logits_TE = rows_of(spec)
     T = len(logits_TE)
     count = int(T * share)
-    counts_E = torch.full((spec.num_experts,), 100, dtype=torch.int32)
+    counts_E = expert_counts(spec.num_experts, "cpu")
+    counts_E += 100
     found = kernel_route(
         logits_TE, spec, **operands(spec), num_tokens=torch.tensor(count, dtype=torch.int32), counts_E=counts_E
     )
@@ -73,7 +74,7 @@ def test_one_captured_graph_serves_every_number_of_tokens(name: str, cuda: torch
     logits_TE = rows_of(spec).to(cuda)
     given = {key: tensor.to(cuda) for key, tensor in operands(spec).items()}
     count = torch.zeros((), dtype=torch.int32, device=cuda)
-    counts_E = torch.zeros(spec.num_experts, dtype=torch.int32, device=cuda)
+    counts_E = expert_counts(spec.num_experts, cuda)
     route(logits_TE, spec, **given, num_tokens=count, counts_E=counts_E)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

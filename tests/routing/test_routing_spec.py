@@ -156,9 +156,10 @@ def test_every_fault_of_a_spec_is_named_at_once() -> None:
 def test_the_public_names_are_these() -> None:
     assert routing.__all__ == sorted(routing.__all__)
     assert set(routing.__all__) == {
-        "Assignment", "Chosen", "ExpertGroups", "GateSpec", "GroupScore", "GroupSpec", "InstalledGate", "Platform",
-        "ReduceFunction", "ReduceKind", "Replay", "ReplayReport", "RouterClass", "RouterSpec", "RoutingRecord",
-        "ScoreFunction", "SlotOrder", "SumOrder", "TopkReduce", "gate_logits", "gather_tokens", "group_by_expert",
+        "Assignment", "Chosen", "ExpertGroups", "GateSpec", "GroupScore", "GroupSpec", "InstalledGate",
+        "ParityRefused", "ParityReport", "Platform", "ReduceFunction", "ReduceKind", "Replay", "ReplayReport",
+        "RouterClass", "RouterSpec", "RoutingRecord", "ScoreFunction", "SlotOrder", "SumOrder", "TopkReduce",
+        "certify", "certify_reduce", "examine", "expert_counts", "gate_logits", "gather_tokens", "group_by_expert",
         "install_gate", "kernel_chosen", "kernel_route", "kernel_route_from_scores", "observe", "packed_record",
         "padded_record", "probe_digest", "reference", "reference_chosen", "reference_from_scores", "replay",
         "resolve", "returns_weights", "route",
