@@ -18,6 +18,10 @@ def gate_logits(hidden_TD: Tensor, weight_ED: Tensor, gate: GateSpec, bias_E: Te
     the row's place and the process's settings; routing.gate_claims says whose product it equals. It can be captured in
     a CUDA graph. Elsewhere PyTorch's own product. Operands of any floating dtype; bias_E [E] where the gate has one.
     Gradients are those of a linear layer, in fp32 (fp64 for an fp64 gate), whatever the gate rounds.
+
+    Memory on CUDA besides the logits: none in bf16, fp16 and TF32; in fp32 and fp64 up to 128 MiB while it runs, and a
+    copy of the weight. routing.kernel_gate.kernel_gate has the sizes.
+
     ValueError where operands do not fit, or this process or device cannot compute what the spec says.
     """
     _check_operands(hidden_TD, weight_ED, gate, bias_E)

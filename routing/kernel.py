@@ -49,7 +49,7 @@ def _topk_kernel(
     values_ptr, bias_ptr, expert_scale_ptr, num_tokens_ptr, counts_ptr, ids_ptr, weights_ptr, T, stride_t, stride_e,
     stride_c, E: tl.constexpr, E_P: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr, LOG_K_P: tl.constexpr,
     BLOCK_T: tl.constexpr, EXACT_T: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, J: tl.constexpr,
-    DEPTH: tl.constexpr, BOUNDED: tl.constexpr, ORDERED: tl.constexpr,
+    DEPTH: tl.constexpr, BOUNDED: tl.constexpr, ORDERED: tl.constexpr, HAS_SPARE: tl.constexpr,
     SCORE: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr, TOP: tl.constexpr, TOP_P: tl.constexpr,
     LOG_TOP_P: tl.constexpr, MASK_VALUE: tl.constexpr, MASKS_SCORES: tl.constexpr,
@@ -75,7 +75,7 @@ def _topk_kernel(
     if BOUNDED:
         ids, score, is_done = bounded_rows(
             values_ptr, bias_ptr, first + tile, stride_t, stride_e, is_token, E, BLOCK_T, C, LOG_C, J, DEPTH, E_P - 1,
-            K, K_P, SCORE, SORTED, HAS_BIAS, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED, LIBDEVICE,
+            K, K_P, SCORE, SORTED, HAS_BIAS, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED, HAS_SPARE, LIBDEVICE,
         )  # fmt: skip
         _store(
             ids, score, first + tile, is_done, expert_scale_ptr, counts_ptr, stride_c, ids_ptr, weights_ptr, BLOCK_T, K,
@@ -106,9 +106,9 @@ def _topk_kernel(
 @triton.jit
 def _store(
     ids, score, row, is_stored, expert_scale_ptr, counts_ptr, stride_c, ids_ptr, weights_ptr, B: tl.constexpr,
-    K: tl.constexpr, K_P: tl.constexpr, LOG_K_P: tl.constexpr, SOFTMAX_CHOSEN: tl.constexpr, REDUCE: tl.constexpr, EPS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, SCALE: tl.constexpr, HAS_EXPERT_SCALE: tl.constexpr, ADJACENT: tl.constexpr,
-    CHAIN: tl.constexpr, OUT: tl.constexpr, LIBDEVICE: tl.constexpr,
+    K: tl.constexpr, K_P: tl.constexpr, LOG_K_P: tl.constexpr, SOFTMAX_CHOSEN: tl.constexpr, REDUCE: tl.constexpr,
+    EPS: tl.constexpr, HAS_SCALE: tl.constexpr, SCALE: tl.constexpr, HAS_EXPERT_SCALE: tl.constexpr,
+    ADJACENT: tl.constexpr, CHAIN: tl.constexpr, OUT: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
     """Weighs the chosen scores of B rows, and stores and counts those that are to be stored."""
     slot = tl.arange(0, K_P)[None, :]
@@ -211,7 +211,7 @@ def _launch(
     if T == 0:
         return ids_TK, weights_TK
     constants = kernel_constants(spec, score=score, is_raw=is_raw)
-    shape = launch_shape(T, is_bounded=constants["BOUNDED"])
+    shape = launch_shape(T, spec, dtype=values_TE.dtype)
     bias_E = None if given.bias_E is None else given.bias_E.contiguous()
     expert_scale_E = None if given.expert_scale_E is None else given.expert_scale_E.contiguous()
     stride_c = 0 if given.counts_E is None else given.counts_E.stride(0)
@@ -239,7 +239,6 @@ def kernel_constants(spec: RouterSpec, *, score: str, is_raw: bool) -> dict[str,
         "C": columns,
         "LOG_C": columns.bit_length() - 1,
         "J": triton.cdiv(spec.num_experts, columns),
-        "DEPTH": 4 if spec.top_k <= 10 else 6,  # a column with more of the best than that is rare
         "BOUNDED": is_bounded(spec),
         "SCORE": score,
         "SORTED": spec.slot_order is SlotOrder.SORTED,
@@ -283,11 +282,23 @@ def _is_in_whole_tiles(groups: GroupSpec, num_experts: int) -> bool:
     return is_whole and groups.top <= 2 and groups.kept < groups.count and not groups.masks_scores
 
 
-def launch_shape(T: int, *, is_bounded: bool) -> dict[str, Any]:
-    """How many tokens a program takes. Few tokens get a warp each; many share one, eight lanes to a token."""
-    block_t = min(next_power_of_2(T), 64) if INTERPRETED else 4 if is_bounded and T > FEW_TOKENS else 1
-    # with a warp to a token, a maximum of integers is one instruction
-    return {"BLOCK_T": block_t, "EXACT_T": block_t if INTERPRETED else 1, "ORDERED": block_t == 1, "num_warps": 1}
+def launch_shape(T: int, spec: RouterSpec, *, dtype: torch.dtype) -> dict[str, Any]:
+    """How many tokens a program takes, and how hard it tries to leave none in doubt.
+
+    Few tokens get a warp each, where a maximum of integers is one instruction. Many share a warp, eight lanes to a
+    token. `dtype` is that of logits, or of given scores.
+    """
+    is_few = T <= FEW_TOKENS
+    block_t = min(next_power_of_2(T), 64) if INTERPRETED else 1 if is_few or not is_bounded(spec) else 4
+    fills_with_zeros = spec.groups is not None and spec.groups.mask_value == 0.0  # a spare may be masked
+    return {
+        "BLOCK_T": block_t,
+        "EXACT_T": block_t if INTERPRETED else 1,
+        "DEPTH": 6 if is_few or spec.top_k > 10 else 4,  # how many of the best in one column are too rare to wait for
+        "ORDERED": block_t == 1,
+        "HAS_SPARE": (is_few or dtype.itemsize < 4) and not fills_with_zeros,
+        "num_warps": 1,
+    }
 
 
 def _eps(spec: RouterSpec) -> float:

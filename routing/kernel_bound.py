@@ -6,8 +6,10 @@ Exact exponentials and quotients of every expert are most of a router's arithmet
 result. So experts are ranked by words of 32 bits: the leading bits of a number that bounds the selection value, above
 the expert's index, which makes every word another. The K largest words name the candidates, the next one bounds all the
 rest. Candidates are then computed exactly. A row is *certain* if the least of them lies above that bound by more than
-every rounding on the way; then the candidates are the trainer's choice, in no tie with another expert. Ties, NaN,
-infinities and near ties at the boundary are not certain, and go to routing.kernel_exact.
+every rounding on the way; then the candidates are the trainer's choice, in no tie with another expert. NaN, infinities
+and near ties at the boundary are not certain, and go to routing.kernel_exact. With a *spare* the next best is computed
+exactly as well, and the bound is of those after it, so that it takes two near ties to leave a row in doubt: worth its
+time where a single row in doubt is waited for, and where logits have few bits and tie often.
 
 The number behind a word:
     the logit itself, where scores rise with logits and no bias stands between (any softmax over all counts);
@@ -29,6 +31,7 @@ from routing.kernel_order import (
     divided,
     exp,
     halving_sum,
+    highest,
     number_of,
     rank_key,
     sigmoid,
@@ -37,9 +40,16 @@ from routing.kernel_order import (
 )
 
 LEAST_VALUE = tl.constexpr(-3.0e38)
-"""Below every value that can be chosen. -inf would be no number once an index stands in its low bits."""
+"""Below every value of a row that may be certain. -inf would be no number once an index stands in its low bits."""
+MAGNIFIED = tl.constexpr(8.0)
+"""A sum of values times this is finite only if every value is a number, and none beyond a quarter of fp32's range: two
+of them can be added, and LEAST_VALUE is less than any."""
 SLACK = tl.constexpr(1e-5)
 """Relative; a hundred times the rounding of any score function."""
+TINY = tl.constexpr(1e-37)
+"""Many times the rounding of a score that is no normal number."""
+TINY_ROOT = tl.constexpr(1e-18)
+"""Likewise of a root: that of an exponential which is no normal number is off by more than SLACK, and not tiny."""
 BIAS_SLACK = tl.constexpr(4e-6)
 """Relative to 1 + |value|: 2^-18, eight times the error of an approximate score and of its sum with the bias."""
 
@@ -136,6 +146,26 @@ def _score(x, peak, total, SCORE: tl.constexpr, LIBDEVICE: tl.constexpr):
 
 
 @triton.jit
+def _raised(score, SCORE: tl.constexpr):
+    """Above the score of every smaller logit. Scores rise with logits, but for the rounding of their functions."""
+    return score * (1.0 + SLACK) + (TINY_ROOT if SCORE == "sqrt_softplus" else TINY)
+
+
+@triton.jit
+def _computed(
+    ids, is_it, values_ptr, bias_ptr, row, stride_t, stride_e, is_token, peak, total, E: tl.constexpr,
+    SCORE: tl.constexpr, HAS_BIAS: tl.constexpr, LIBDEVICE: tl.constexpr,
+):  # fmt: skip
+    """Score and selection value of experts, bit for bit."""
+    x = _load(values_ptr, row, stride_t, stride_e, is_token, tl.where(is_it, ids, 0), E, 0.0)
+    score = _score(x, peak, total, SCORE, LIBDEVICE)
+    choice = score
+    if HAS_BIAS:
+        choice = score + tl.load(bias_ptr + ids, mask=is_it, other=0.0)
+    return score, choice
+
+
+@triton.jit
 def _masked_groups(
     values, BLOCK_T: tl.constexpr, C: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr, KEPT: tl.constexpr,
     TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr,
@@ -143,7 +173,7 @@ def _masked_groups(
     """The tiles with MASK_VALUE in the groups that are not kept; and is that certain? Groups are whole tiles."""
     LOWEST: tl.constexpr = -0x80000000 if ORDERED else float("-inf")
     TILES: tl.constexpr = len(values) // COUNT
-    MASK: tl.constexpr = TILES * C - 1
+    MASK: tl.constexpr = (1 << (TILES * C - 1).bit_length()) - 1
     g = tl.arange(0, COUNT_P)[None, :]
     c = tl.arange(0, C)[None, :]
     size = tl.zeros([BLOCK_T], tl.float32)
@@ -187,7 +217,8 @@ def bounded_rows(
     values_ptr, bias_ptr, row, stride_t, stride_e, is_token, E: tl.constexpr, BLOCK_T: tl.constexpr, C: tl.constexpr,
     LOG_C: tl.constexpr, J: tl.constexpr, DEPTH: tl.constexpr, MASK: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr,
     SCORE: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr,
-    KEPT: tl.constexpr, TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+    KEPT: tl.constexpr, TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr,
+    HAS_SPARE: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_T, K_P] twice: expert ids and raw scores in slot order, zeros past the last slot; [BLOCK_T]: certain?"""
     LOWEST: tl.constexpr = -0x80000000 if ORDERED else float("-inf")
@@ -210,7 +241,7 @@ def bounded_rows(
         total = halving_sum(sums, BLOCK_T, C, LOG_C)
 
     values = ()
-    taint = tl.zeros([BLOCK_T, C], tl.float32)
+    magnified = tl.zeros([BLOCK_T, C], tl.float32)
     for j in tl.static_range(J):
         e = j * C + c
         value = _load(values_ptr, row, stride_t, stride_e, is_token, e, E, 0.0)
@@ -218,11 +249,11 @@ def bounded_rows(
             value = _approximate_score(value, peak, total, SCORE, LIBDEVICE)
         if HAS_BIAS:  # every row of the tile reads it: in the tile's own layout
             value += _load(bias_ptr, row, 0, 1, is_token, e, E, 0.0)
-        taint = tl.fma(value, 0.0, taint)
+        magnified = tl.fma(value, MAGNIFIED, magnified)
         if (j + 1) * C > E:
             value = tl.where(e < E, value, LEAST_VALUE)
         values = values + (value,)
-    certain = certain & (tl.sum(taint, axis=1) == 0.0)
+    certain = certain & (tl.abs(tl.sum(magnified, axis=1)) < float("inf"))
     if COUNT > 0:
         values, is_sure = _masked_groups(values, BLOCK_T, C, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED)
         certain = certain & is_sure
@@ -237,27 +268,62 @@ def bounded_rows(
         best = tl.max(heads[0], axis=1)[:, None]
         words = tl.where(slot == rank, best, words)
         heads = _popped(heads, heads[0] == best, LOWEST)
+    spare = tl.max(heads[0], axis=1)[:, None]
+    if HAS_SPARE:
+        heads = _popped(heads, heads[0] == spare, LOWEST)
     if J > DEPTH:
         certain = certain & (tl.min(heads[0], axis=1) != LOWEST)
     if COUNT > 0 and MASK_VALUE == 0.0:  # where masked experts are in the running, their scores are not what counts
-        certain = certain & tl.reshape(_most(best, MASK, ORDERED) > 1e-37, [BLOCK_T])
+        certain = certain & tl.reshape(_most(best, MASK, ORDERED) > TINY, [BLOCK_T])
     rest = _most(tl.max(heads[0], axis=1), MASK, ORDERED)[:, None]
 
-    # the candidates, exactly, and the bound on the rest
+    # the candidates, exactly
     ids = _index(words, MASK)
-    x = _load(values_ptr, row, stride_t, stride_e, is_token, tl.where(is_slot, ids, 0), E, 0.0)
-    score = _score(x, peak, total, SCORE, LIBDEVICE)
-    choice = score
-    if HAS_BIAS:
-        choice = score + tl.load(bias_ptr + ids, mask=is_slot, other=0.0)
+    if E <= MASK:  # a row of NaN has candidates past the last expert; it is not certain, but is looked up all the same
+        ids = tl.minimum(ids, E - 1)
+    score, choice = _computed(
+        ids,
+        is_slot,
+        values_ptr,
+        bias_ptr,
+        row,
+        stride_t,
+        stride_e,
+        is_token,
+        peak,
+        total,
+        E,
+        SCORE,
+        HAS_BIAS,
+        LIBDEVICE,
+    )
+    key = tl.where(is_slot, rank_key(choice), highest(rank_key(choice)))
+    if HAS_SPARE:  # the next best may be better after all, or as good with a lower index: then it takes the last's slot
+        spare_id = _index(spare, MASK)
+        is_real = _most(spare, MASK, ORDERED) > LEAST_VALUE / 2  # neither masked nor past the last expert
+        spare_score, spare_choice = _computed(
+            spare_id, is_real, values_ptr, bias_ptr, row, stride_t, stride_e, is_token, peak, total, E, SCORE, HAS_BIAS,
+            LIBDEVICE,
+        )  # fmt: skip
+        spare_key = rank_key(spare_choice)
+        least_key = tl.min(key, axis=1)[:, None]
+        last_id = tl.max(tl.where(key == least_key, ids, -1), axis=1)[:, None]
+        is_better = (spare_key > least_key) | ((spare_key == least_key) & (spare_id < last_id))
+        moves_in = is_slot & (ids == last_id) & is_real & is_better
+        ids = tl.where(moves_in, spare_id, ids)
+        score = tl.where(moves_in, spare_score, score)
+        choice = tl.where(moves_in, spare_choice, choice)
+        key = tl.where(moves_in, spare_key, key)
+
+    # the bound on the others
     if BY_SCORE:
         bound = rest + BIAS_SLACK * (1.0 + tl.abs(rest))
     elif SCORE == "softmax" or SCORE == "sigmoid" or SCORE == "sqrt_softplus":
-        bound = _score(rest, peak, total, SCORE, LIBDEVICE) * (1.0 + SLACK) + 1e-37
+        bound = _raised(_score(rest, peak, total, SCORE, LIBDEVICE), SCORE)
     else:
         bound = rest
     least = tl.min(tl.where(is_slot, choice, float("inf")), axis=1)[:, None]
     certain = certain & tl.reshape(bound < least, [BLOCK_T])
-    key, is_row = rank_key(choice), certain[:, None]
+    is_row = certain[:, None]
     ids, bits = arranged(key, ids, bits_of(score), slot, is_slot, is_row, SORTED, K, K_P, MASK + 1)
     return tl.where(is_slot, ids, 0), tl.where(is_slot, number_of(bits), 0.0), certain

@@ -77,10 +77,10 @@ def _in_kept_group(
     g = tl.arange(0, COUNT_P)[None, :]
     place = tl.arange(0, TOP_P)[None, :]
     group_key = tl.full([B, COUNT_P], LOWEST, key.dtype)
-    for index in range(COUNT):
+    for index in tl.static_range(COUNT):
         members = tl.where(group == index, key, LOWEST)
         best = number_of(tl.zeros([B, TOP_P], key.dtype))
-        for rank in range(TOP):
+        for rank in tl.static_range(TOP):
             largest, expert = _best(members, e[None, :], key.shape[1])
             members = tl.where(e[None, :] == expert, LOWEST, members)
             best = tl.where(place == rank, ranked_value(largest), best)

@@ -3,8 +3,8 @@
 
 On tensor cores (bf16, fp16, TF32, fp64) one accumulator walks D in order, and the tile changes nothing: the order of
 the additions is the hardware's within an instruction and D's between instructions. Nothing is split along D, and no
-atomic touches a result. TF32: the tensor cores read the first 19 bits of an fp32 operand. fp32 itself is in
-routing.kernel_gate_fp32.
+atomic touches a result. TF32: tensor cores would cut an fp32 operand to its first 19 bits; cuBLAS has it rounded to the
+nearest such number before, and so does this kernel. fp32 itself is in routing.kernel_gate_fp32.
 
 A bias is rounded to the operands' dtype, added to the finished sum in the accumulator's, and the result rounded once,
 as cuBLAS does in the epilogue of torch.nn.functional.linear.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from routing.gate_tiles import Arithmetic, Tile, tile_for
+from routing.gate_tiles import Arithmetic, Tile, tile_for, tokens_at_a_time
 from routing.kernel_gate_fp32 import fp32_product
 from routing.kernel_order import narrowed, rounded, widened
 from routing.terms import GateSpec
@@ -32,8 +32,6 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-FP64_ROWS = 8192
-"""Tokens at a time whose hidden states are widened to fp64, which bounds the memory that takes."""
 
 
 @triton.jit
@@ -102,7 +100,13 @@ def kernel_gate(
 ) -> Tensor:
     """[T, E] in gate.output_dtype, from operands of any floating dtype, hidden rows at any stride.
 
-    No host synchronisation, nothing cached. tile: None takes the fastest known; any other gives the same bits.
+    No host synchronisation, nothing cached. tile: None takes the fastest known; any other gives the same bits, or is
+    refused with a ValueError.
+
+    Memory besides the logits, freed on return: bf16, fp16 and TF32 none. fp32 T * E * ceil(D / 128) fp32 numbers in the
+    walks by lanes and chunks (up to 2,048 tokens), none that grows with T in the whole walk, and E * D fp32 where the
+    tile has the weight transposed. fp64 T * D and E * D fp64. What grows with T stays within SCRATCH_BYTES, 128 MiB:
+    more tokens take more launches. An operand whose rows are not contiguous is copied first.
     """
     if hidden_TD.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
@@ -110,7 +114,10 @@ def kernel_gate(
         )
     arithmetic = Arithmetic.of(gate)
     T, E = hidden_TD.shape[0], weight_ED.shape[0]
-    tile = tile_for(arithmetic, T) if tile is None else tile
+    if tile is None:
+        tile = tile_for(arithmetic, T)
+    else:
+        tile.check(arithmetic)
     logits_TE = torch.empty(T, E, dtype=gate.output_dtype, device=hidden_TD.device)
     if T == 0 or E == 0:
         return logits_TE
@@ -122,8 +129,9 @@ def kernel_gate(
         elif arithmetic is Arithmetic.FP64:
             weight_ED = weight_ED.to(torch.float64)
             bias_E = None if bias_E is None else bias_E.to(torch.float64)
-            for start in range(0, T, FP64_ROWS):
-                rows = slice(start, start + FP64_ROWS)
+            step = tokens_at_a_time(8 * hidden_TD.shape[1])
+            for start in range(0, T, step):
+                rows = slice(start, start + step)
                 _launch(hidden_TD[rows].to(torch.float64), weight_ED, bias_E, logits_TE[rows], gate, tile)
         else:
             _launch(hidden_TD, weight_ED, bias_E, logits_TE, gate, tile)

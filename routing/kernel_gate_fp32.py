@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from routing.gate_reference import CHUNK
-from routing.gate_tiles import Tile, Walk
+from routing.gate_tiles import Tile, Walk, tokens_at_a_time
 from routing.kernel_order import widened
 
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 """What makes tl.dot's multiply-adds fused ones."""
 SUM_BLOCK = 256
+TRANSPOSE_BLOCK = {"BLOCK_E": 32, "BLOCK_D": 64}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -78,6 +79,16 @@ def _tile_kernel(
         if HAS_BIAS:
             total += widened(tl.load(bias_ptr + e, mask=e < E, other=0.0))[None, :]
         tl.store(out_ptr + place, total, mask=is_out)
+
+
+@triton.jit
+def _transpose_kernel(weight_ptr, out_ptr, E, stride_e, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[E, D] -> [D, E] fp32; read along D and written along E, through shared memory."""
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    is_in = (e < E)[:, None] & (d < D)[None, :]
+    weight = widened(tl.load(weight_ptr + e.to(tl.int64)[:, None] * stride_e + d[None, :], mask=is_in, other=0.0))
+    tl.store(out_ptr + d.to(tl.int64)[:, None] * E + e[None, :], tl.trans(weight), mask=tl.trans(is_in))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -181,24 +192,35 @@ def fp32_product(hidden_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, lo
         )  # fmt: skip
         return
     if tile.is_transposed:
-        weight = torch.empty(D, E, dtype=torch.float32, device=weight_ED.device).copy_(weight_ED.t())
-        stride_e, stride_d = 1, E
+        weight, stride_e, stride_d = _transposed(weight_ED), 1, E
     else:
-        weight = weight_ED
-        stride_e, stride_d = weight_ED.stride(0), 1
+        weight, stride_e, stride_d = weight_ED, weight_ED.stride(0), 1
     is_chunk = tile.walk is Walk.CHUNKS
     step = CHUNK if is_chunk else tile.depth
-    out = logits_TE.new_empty(chunks, T, E) if is_chunk else logits_TE
-    programs = triton.cdiv(T, tile.tokens) * triton.cdiv(E, tile.experts)
-    _tile_kernel[(programs, chunks if is_chunk else 1)](
-        hidden_TD, weight, bias_E, out, T, E, hidden_TD.stride(0), stride_e, stride_d,
-        D=D, CHUNK=CHUNK, HAS_BIAS=has_bias,
-        IS_CHUNK=is_chunk, IS_TRANSPOSED=tile.is_transposed, IS_WHOLE=D % step == 0,
-        BLOCK_T=tile.tokens, BLOCK_E=tile.experts, BLOCK_D=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, **LAUNCH_OPTIONS,
-    )  # fmt: skip
-    if is_chunk:
-        _sum_kernel[(triton.cdiv(T * E, SUM_BLOCK),)](
-            out, bias_E, logits_TE, T * E, E,
-            HAS_BIAS=has_bias, CHUNKS=chunks, BLOCK=SUM_BLOCK, num_warps=SUM_BLOCK // 32,
+    rows_at_a_time = min(T, tokens_at_a_time(4 * E * chunks)) if is_chunk else T
+    chunks_CTE = logits_TE.new_empty(chunks, rows_at_a_time, E) if is_chunk else None
+    for start in range(0, T, rows_at_a_time):
+        hidden, logits = (tensor[start : start + rows_at_a_time] for tensor in (hidden_TD, logits_TE))
+        rows = hidden.shape[0]
+        programs = triton.cdiv(rows, tile.tokens) * triton.cdiv(E, tile.experts)
+        _tile_kernel[(programs, chunks if is_chunk else 1)](
+            hidden, weight, bias_E, logits if chunks_CTE is None else chunks_CTE, rows, E,
+            hidden.stride(0), stride_e, stride_d,
+            D=D, CHUNK=CHUNK, HAS_BIAS=has_bias,
+            IS_CHUNK=is_chunk, IS_TRANSPOSED=tile.is_transposed, IS_WHOLE=D % step == 0,
+            BLOCK_T=tile.tokens, BLOCK_E=tile.experts, BLOCK_D=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages, **LAUNCH_OPTIONS,
         )  # fmt: skip
+        if chunks_CTE is not None:
+            _sum_kernel[(triton.cdiv(rows * E, SUM_BLOCK),)](
+                chunks_CTE, bias_E, logits, rows * E, E,
+                HAS_BIAS=has_bias, CHUNKS=chunks, BLOCK=SUM_BLOCK, num_warps=SUM_BLOCK // 32,
+            )  # fmt: skip
+
+
+def _transposed(weight_ED: Tensor) -> Tensor:
+    E, D = weight_ED.shape
+    weight_DE = torch.empty(D, E, dtype=torch.float32, device=weight_ED.device)
+    grid = triton.cdiv(E, TRANSPOSE_BLOCK["BLOCK_E"]), triton.cdiv(D, TRANSPOSE_BLOCK["BLOCK_D"])
+    _transpose_kernel[grid](weight_ED, weight_DE, E, weight_ED.stride(0), D=D, **TRANSPOSE_BLOCK, num_warps=4)
+    return weight_DE

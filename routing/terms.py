@@ -205,7 +205,7 @@ class GateSpec:
     output_dtype: torch.dtype = torch.float32
     """The dtype of the logits: that of the operands, or that of the sum."""
     tf32: bool = False
-    """Whether fp32 operands may be truncated to TF32 on the way into the tensor cores."""
+    """Whether fp32 operands are rounded to TF32 (10 fraction bits) on the way into the tensor cores."""
     has_bias: bool = False
     """A bias per expert is added by the linear layer itself, so it is part of the logits."""
 

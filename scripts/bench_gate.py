@@ -3,7 +3,8 @@
 python scripts/bench_gate.py results/gate.json --commit $(git rev-parse --short HEAD)
 
 Times are medians under CUDA-graph replay. Ours starts from bf16 hidden states and converts them on the way; PyTorch's
-product is given operands converted beforehand. The exit status is 0 only if every row of ours has the same bits at
+product is given operands converted beforehand. Scratch is what one call of ours takes besides its logits. Last come the
+entries of FROM_TOKENS in routing/gate_claims.py. The exit status is 0 only if every row of ours has the same bits at
 every number of tokens and in another order.
 """
 
@@ -11,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from gate_timing import FP32, VARIANTS, Job, compile_all, microseconds, operands
 from torch import Tensor
 from torch.nn.functional import linear
 
+from routing.gate_claims import gate_claim
 from routing.gate_measure import GateMeasurement, measure_gate
 from routing.gate_tiles import Arithmetic, tile_for
 from routing.kernel_gate import kernel_gate
+from routing.plain import dtype_name
 from routing.terms import GateSpec
 
 SHAPES = ((128, 2048), (128, 4096), (160, 5120), (256, 7168))
@@ -54,13 +57,37 @@ def timed(gate: GateSpec, E: int, D: int, tokens: Sequence[int]) -> dict[int, tu
     return times
 
 
-def report(variant: str, E: int, D: int, times: dict[int, tuple[float, float]], measured: GateMeasurement) -> None:
+def scratch_bytes(gate: GateSpec, E: int, D: int, T: int) -> int:
+    """What a call allocates at its peak, besides the logits."""
+    hidden_TD, weight_ED = operands(gate, T, E, D)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logits_TE = kernel_gate(hidden_TD, weight_ED, gate)
+    return torch.cuda.max_memory_allocated() - before - logits_TE.nbytes
+
+
+def claimed(name: str, found: Mapping[tuple[int, int], int | None]) -> str:
+    """An entry of FROM_TOKENS: (E, D) -> the tokens from which on every tried batch was equal."""
+    gate = VARIANTS[name]
+    key = "tf32" if gate.tf32 else dtype_name(gate.operand_dtype), dtype_name(gate.output_dtype)
+    return f"    {key}: { {shape: least for shape, least in found.items() if least is not None} },"
+
+
+def report(
+    variant: str,
+    E: int,
+    D: int,
+    times: dict[int, tuple[float, float]],
+    scratch: dict[int, int],
+    measured: GateMeasurement,
+) -> None:
     """One shape of one variant."""
     ours = "  ".join(f"{T}: {us:.1f} ({torch_us:.1f})" for T, (us, torch_us) in times.items())
     other = ", ".join(f"{T}: {part:.2%}" for T, part in measured.differing.items() if part)
     varies = [T for T, part in measured.torch_varies.items() if part]
     print(
         f"{variant:12s} E={E} D={D}\n    us at T, torch's in brackets: {ours}\n"
+        f"    scratch MiB: {'  '.join(f'{T}: {taken / 2**20:.1f}' for T, taken in scratch.items())}\n"
         f"    ours is {'the same at every T' if measured.is_invariant else 'NOT INVARIANT'};"
         f" equal to torch's from T={measured.from_tokens}; logits that differ: {other or 'none'}\n"
         f"    torch's own rows are not those of T={max(measured.torch_varies)} at T = {varies or 'none'}",
@@ -85,24 +112,27 @@ def main() -> None:
     variants = {name: gate for name, gate in VARIANTS.items() if arguments.only in (None, name)}
     began = time.monotonic()
     tokens = {name: [T for T in TOKENS if name != "fp64" or T <= FP64_TOKENS] for name in variants}
+    measured_tokens = {name: [T for T in MEASURED_TOKENS if max(tokens[name]) >= T] for name in variants}
     jobs = [
         Job(variant=name, tile=tile_for(Arithmetic.of(gate), T), E=E, D=D)
         for name, gate in variants.items()
         for E, D in SHAPES
-        for T in tokens[name]
+        for T in {*tokens[name], *measured_tokens[name]}
     ]
     refused = compile_all(jobs)
     assert not refused, refused
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"{len(set(jobs))} kernels compiled in {time.monotonic() - began:.0f} s", flush=True)
-    rows, claims = [], {}
+    rows: list[dict[str, object]] = []
+    claims: dict[str, dict[tuple[int, int], int | None]] = {}
     for name, gate in variants.items():
         for E, D in SHAPES:
             times = timed(gate, E, D, tokens[name])
             _, weight_ED = operands(gate, 1, E, D)
-            measured = measure_gate(gate, weight_ED, [T for T in MEASURED_TOKENS if max(tokens[name]) >= T])
-            report(name, E, D, times, measured)
-            claims.setdefault(name, {})[f"{E}, {D}"] = measured.from_tokens
+            measured = measure_gate(gate, weight_ED, measured_tokens[name])
+            scratch = {T: scratch_bytes(gate, E, D, T) for T in tokens[name]}
+            report(name, E, D, times, scratch, measured)
+            claims.setdefault(name, {})[E, D] = measured.from_tokens
             rows.append(
                 {
                     "variant": name,
@@ -112,14 +142,17 @@ def main() -> None:
                     "torch_us": {T: us for T, (_, us) in times.items()},
                     "differing": dict(measured.differing),
                     "torch_varies": dict(measured.torch_varies),
+                    "equal_from_tokens": measured.from_tokens,
                     "is_invariant": measured.is_invariant,
+                    "scratch_bytes": scratch,
                 }
             )
     in_fp32 = {f"{E}, {D}": fp64_seen_in_fp32(E, D) for E, D in SHAPES} if "fp64" in variants else {}
     for shape, part in in_fp32.items():
         print(f"fp64 ({shape}): after rounding to fp32, {part:.2e} of logits differ from torch.mm's")
     for name, found in claims.items():
-        print(f"{name}: equal from T = {found}")
+        if gate_claim(VARIANTS[name]).impossible is None:
+            print(claimed(name, found).replace("'", '"'))
     document = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -5,12 +5,11 @@ bit with the first one's: a tile that differs is named, and the run fails.
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from routing.gate_tiles import Arithmetic, Tile, Walk
 from routing.kernel_gate import kernel_gate
 
 SHAPES = ((128, 2048), (160, 5120), (256, 7168))
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384, 65536)
 VARIANT = {Arithmetic.HALF: "bf16", Arithmetic.TF32: "tf32", Arithmetic.FP32: "fp32", Arithmetic.FP64: "fp64"}
 SHARED_MEMORY = 220 * 1024
 TOLERANCE = 1.03
@@ -33,54 +32,99 @@ TOLERANCE = 1.03
 def candidates(arithmetic: Arithmetic, T: int) -> Iterator[Tile]:
     """Those worth timing for so many tokens."""
     match arithmetic:
+        case Arithmetic.HALF:
+            yield from _whole(_half(T), size=2)
+        case Arithmetic.TF32:
+            yield from _whole(_tf32(T), size=4)
         case Arithmetic.FP32:
             yield from _fp32(T)
         case Arithmetic.FP64:
-            for tokens, experts, depth, warps in ((16, 16, 64, 2), (16, 32, 32, 2), (32, 32, 32, 4), (64, 64, 16, 4)):
-                if tokens <= max(T, 16):
-                    yield Tile(tokens=tokens, experts=experts, depth=depth, warps=warps, stages=3)
-        case _:
-            yield from _tensor(T, 2 if arithmetic is Arithmetic.HALF else 4)
+            yield from _whole(_fp64(T), size=8)
 
 
-def _tensor(T: int, size: int) -> Iterator[Tile]:
+Launch = tuple[int, int, int, int, tuple[int, ...]]
+"""Tokens, experts, depth, warps; stages."""
+
+
+def _whole(launches: Iterable[Launch], size: int) -> Iterator[Tile]:
     """size: bytes of an operand."""
-    half = size // 2
-    shapes: list[tuple[int, int, int, int]] = []
+    for tokens, experts, depth, warps, several in launches:
+        for stages in several:
+            if stages * (tokens + experts) * depth * size <= SHARED_MEMORY:
+                yield Tile(tokens=tokens, experts=experts, depth=depth, warps=warps, stages=stages)
+
+
+def _half(T: int) -> Iterator[Launch]:
+    """A logit is a chain of D / 16 instructions, each waiting for the last: few tokens want little between them."""
     if T <= 256:
-        shapes += [(16, e, d // half, w) for e in (8, 16, 32) for d in (128, 256) for w in (1, 2, 4) if e >= 8 * w // 2]
-    if T <= 16384:
-        shapes += [(64, e, d // half, 4) for e in (16, 32, 64) for d in (64, 128, 256)]
+        for experts, depth, warps in (
+            (8, 128, 2), (8, 256, 1), (8, 256, 2), (8, 512, 1), (8, 512, 2), (16, 128, 2), (16, 128, 4), (16, 256, 2),
+            (16, 256, 4), (16, 512, 4), (32, 128, 4), (32, 256, 4),
+        ):  # fmt: skip
+            yield 16, experts, depth, warps, (3, 5)
+    if 64 <= T <= 4096:
+        yield from ((32, experts, depth, 4, (3, 5)) for experts in (16, 32) for depth in (128, 256))
+    if 64 <= T <= 16384:
+        yield from ((64, experts, depth, 4, (3, 5)) for experts in (16, 32, 64) for depth in (64, 128, 256))
     if T >= 1024:
-        shapes += [(64, 128, 64 // half, 4), (64, 256, 64 // half, 8)]
-        shapes += [(128, e, 64 // half, w) for e in (32, 64, 128, 256) for w in (4, 8) if e * 128 // w <= 4096]
-    for (tokens, experts, depth, warps), stages in itertools.product(shapes, (3, 5)):
-        if stages * (tokens + experts) * depth * size <= SHARED_MEMORY:
-            yield Tile(tokens=tokens, experts=experts, depth=depth, warps=warps, stages=stages)
+        yield from ((128, experts, 64, warps, (3, 4)) for experts in (32, 64, 128) for warps in (4, 8))
+        yield from (
+            (64, 128, 64, 4, (3, 5)),
+            (64, 256, 64, 8, (3, 5)),
+            (128, 128, 64, 8, (5,)),
+            (128, 256, 64, 8, (3, 4)),
+        )
+
+
+def _tf32(T: int) -> Iterator[Launch]:
+    """All of them on the instruction that Tile.check asks for."""
+    if T <= 16384:
+        yield from ((64, experts, depth, 4, (3, 5)) for experts in (16, 32, 64) for depth in (32, 64, 128))
+        yield from ((64, experts, 256, 4, (2, 3)) for experts in (16, 32))
+    if T >= 1024:
+        yield from ((128, experts, 32, warps, (3, 5)) for experts in (32, 64, 128) for warps in (4, 8))
+        yield from (
+            (64, 128, 32, 4, (3, 5)),
+            (64, 256, 32, 8, (3, 5)),
+            (128, 256, 32, 8, (3, 4)),
+            (128, 64, 64, 8, (3,)),
+        )
+
+
+def _fp64(T: int) -> Iterator[Launch]:
+    if T <= 1024:
+        yield from ((16, 8, 64, 1, (3,)), (16, 8, 128, 1, (3, 4)), (16, 16, 64, 2, (3,)), (16, 16, 128, 2, (3, 4)))
+    if T >= 64:
+        yield from ((16, 32, 32, 2, (3,)), (32, 32, 32, 4, (3,)))
+    if T >= 1024:
+        yield from ((64, 64, 16, 4, (3, 4)), (32, 64, 16, 4, (3,)), (64, 32, 32, 4, (3,)))
 
 
 def _fp32(T: int) -> Iterator[Tile]:
-    if T <= 16:
-        for depth, stages in ((4, 16), (4, 32), (8, 8), (8, 16), (16, 4), (16, 8)):
+    if T <= 4:
+        for depth, stages in ((4, 16), (8, 8), (16, 3), (16, 4), (16, 8)):
             yield Tile(walk=Walk.LANES, depth=depth, warps=1, stages=stages)
-    if T <= 1024:
-        for tokens, experts in ((16, 16), (16, 32), (32, 16), (32, 32), (64, 32), (64, 64)):
-            if tokens > 4 * T and tokens > 16:
-                continue
-            warps = 2 if tokens * experts <= 512 else 4
-            for depth, stages, is_transposed in itertools.product((32, 64), (3,), (False, True)):
-                yield Tile(
-                    walk=Walk.CHUNKS, tokens=tokens, experts=experts, depth=depth, is_transposed=is_transposed,
-                    warps=warps, stages=stages,
-                )  # fmt: skip
-    if T >= 256:
-        for tokens, experts, warps in (
-            (32, 32, 4), (32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8),
-            (128, 128, 8), (256, 64, 8),
+    chunks = partial(Tile, walk=Walk.CHUNKS)
+    if T <= 64:
+        for tokens, experts, depth, warps in ((16, 16, 64, 2), (16, 32, 32, 2), (16, 32, 64, 2), (64, 64, 64, 4)):
+            yield chunks(tokens=tokens, experts=experts, depth=depth, warps=warps, stages=3)
+    if T <= 1024:  # shared memory serves 16 logits and more a thread about as fast as they multiply, fewer it does not
+        for tokens, experts, depth, warps in (
+            (16, 32, 32, 1), (16, 32, 64, 1), (16, 32, 64, 2), (16, 64, 32, 2), (16, 64, 64, 2), (32, 32, 32, 2),
+            (32, 32, 64, 2), (32, 32, 64, 4), (32, 64, 32, 4), (32, 64, 64, 4), (64, 64, 32, 4),
         ):  # fmt: skip
-            for depth, stages in ((16, 3), (32, 2), (32, 3)):
-                yield Tile(tokens=tokens, experts=experts, depth=depth, is_transposed=True, warps=warps, stages=stages)
-        yield Tile(tokens=64, experts=64, depth=32, warps=4, stages=3)
+            if tokens <= max(16, T):
+                for stages in (2, 3):
+                    yield chunks(
+                        tokens=tokens, experts=experts, depth=depth, is_transposed=True, warps=warps, stages=stages
+                    )
+    if T >= 256:
+        for tokens, experts, depth, warps, stages in (
+            (32, 32, 32, 4, 3), (32, 64, 32, 4, 2), (32, 64, 32, 4, 3), (32, 64, 16, 4, 3), (64, 64, 16, 4, 3),
+            (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 128, 16, 8, 3), (64, 128, 32, 8, 2), (64, 128, 32, 8, 3),
+            (128, 64, 16, 8, 3), (128, 64, 16, 8, 4), (128, 64, 32, 8, 3), (128, 128, 16, 8, 3),
+        ):  # fmt: skip
+            yield Tile(tokens=tokens, experts=experts, depth=depth, is_transposed=True, warps=warps, stages=stages)
 
 
 def timed(arithmetic: Arithmetic, refused: set[Job]) -> tuple[dict[int, dict[Tile, list[float]]], list[str]]:
@@ -154,20 +198,18 @@ def table(arithmetic: Arithmetic, rows: dict[int, Tile]) -> str:
 
 
 def tf32_rounding() -> list[str]:
-    """How PyTorch's TF32 product takes fp32 operands: which treatment of them beforehand gives its bits with ours."""
+    """How PyTorch's TF32 product takes fp32 operands: ours rounds them, ties to even; or they are treated before."""
     gate = VARIANTS["tf32"]
     lines = []
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     for E, D in SHAPES[:2]:
-        for T in (16, 256, 2048, 8192):
+        for T in (1, 16, 64, 256, 512, 1024, 2048, 8192):
             random = torch.Generator(device="cuda").manual_seed(T)
             hidden_TD = torch.randn(T, D, generator=random, device="cuda")
             weight_ED = torch.randn(E, D, generator=random, device="cuda") * D**-0.5
             theirs = linear(hidden_TD, weight_ED)
-            treatments = {
-                "as they are": (0, 0), "truncated": (0, -8192), "to nearest, ties away": (4096, -8192),
-            }  # fmt: skip
+            treatments = {"as they are": (0, 0), "cut": (0, -8192), "rounded, ties away": (4096, -8192)}
             for name, (added, mask) in treatments.items():
                 pair = [hidden_TD, weight_ED]
                 if mask:

@@ -16,12 +16,13 @@ def _certain_kernel(
     values_ptr, bias_ptr, certain_ptr, T, stride_t, E: tl.constexpr, BLOCK_T: tl.constexpr, C: tl.constexpr,
     LOG_C: tl.constexpr, J: tl.constexpr, DEPTH: tl.constexpr, E_P: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr,
     SCORE: tl.constexpr, SORTED: tl.constexpr, HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, COUNT_P: tl.constexpr,
-    KEPT: tl.constexpr, TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, LIBDEVICE: tl.constexpr,
+    KEPT: tl.constexpr, TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr, HAS_SPARE: tl.constexpr,
+    LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     _ids, _scores, certain = bounded_rows(
         values_ptr, bias_ptr, row, stride_t, 1, row < T, E, BLOCK_T, C, LOG_C, J, DEPTH, E_P - 1, K, K_P, SCORE, SORTED,
-        HAS_BIAS, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED, LIBDEVICE,
+        HAS_BIAS, COUNT, COUNT_P, KEPT, TOP, MASK_VALUE, ORDERED, HAS_SPARE, LIBDEVICE,
     )  # fmt: skip
     tl.store(certain_ptr + row, certain.to(tl.int32), mask=row < T)
 
@@ -30,7 +31,7 @@ def certain_rows(logits_TE: Tensor, spec: RouterSpec, *, bias_E: Tensor | None) 
     """[T] bool: rows that the bounds decide; the others go to the definition."""
     T = len(logits_TE)
     constants = kernel_constants(spec, score=str(spec.score), is_raw=False)
-    shape = launch_shape(T, is_bounded=True)
+    shape = launch_shape(T, spec, dtype=logits_TE.dtype)
     found = torch.full((T,), -1, dtype=torch.int32, device=logits_TE.device)
     names = set(_certain_kernel.arg_names)
     with quietly():

@@ -37,7 +37,8 @@ def wrong_rows(name: str) -> list[int]:
             pairs.append((found, reference(logits_TE, dataclasses.replace(spec, platform="cpu"), **given)))
         pairs.append(from_scores(scores(logits_TE, spec), spec, given))
     given = {key: torch.zeros_like(tensor) for key, tensor in operands(spec).items()}
-    pairs.append(from_scores(boundary_ties(scores(random, spec), spec.top_k), spec, given))
+    for more in (1, 2):
+        pairs.append(from_scores(boundary_ties(scores(random, spec), spec.top_k, more=more), spec, given))
     if spec.groups is not None:
         pairs.append(from_scores(tied_groups(spec.num_experts, spec.groups.count), spec, given))
     rows = sum(len(found.expert_ids_TK) for found, _ in pairs)

@@ -31,8 +31,8 @@ SEQUENTIAL = """result = tl.zeros([BLOCK_T, 1], x.dtype)
             result += tl.sum(tl.where(here, x, 0.0), axis=1)[:, None]
 """
 QUOTIENT = "w = rounded(divided(w, tl.broadcast_to(total, [BLOCK_T, K_P])), CHAIN)"
-BIASED = "choice = score + tl.load(bias_ptr + ids, mask=is_slot, other=0.0)"
-UNBIASED = BIASED + "\n        score = choice - tl.load(bias_ptr + ids, mask=is_slot, other=0.0)"
+BIASED = "choice = score + tl.load(bias_ptr + ids, mask=is_it, other=0.0)"
+UNBIASED = BIASED + "\n        score = choice - tl.load(bias_ptr + ids, mask=is_it, other=0.0)"
 
 MUTATIONS = (
     Mutation(
@@ -93,7 +93,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="tied slots in the order in which they were found",
-        edits=(("kernel_exact.py", "if tl.max(tl.max(ties, axis=1), axis=0) > 0:",
+        edits=(("kernel_order.py", "if tl.max(tl.max(ties, axis=1), axis=0) > 0:",
                 "if tl.max(tl.max(ties, axis=1), axis=0) > K_P:"),),
         spec="qwen3",
     ),

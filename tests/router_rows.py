@@ -49,7 +49,8 @@ def logit_rows(spec: RouterSpec) -> dict[str, Tensor]:
         "all equal": torch.cat([row(0.0), row(1.0), row(-3.5), row(1e30)]).clamp(max=_largest(spec)),
         "two-valued": torch.stack([(levels % 2), (levels % 3 == 1).float(), (levels >= E - above).float()]),
         "tie across the boundary": torch.stack([-levels.clamp(below - 1), levels.clamp(max=E - K - 1).flip(0)]),
-        "one tie, across the boundary": boundary_ties(normal[:4], K),
+        "one tie, across the boundary": boundary_ties(normal[:4], K, more=1),
+        "two ties, across the boundary": boundary_ties(normal[4:8], K, more=2),
         "ties above the boundary": torch.stack([-(levels // 2), (levels // 3), -(levels // 4)]),
         "ties above the boundary only": torch.stack([-levels.clamp(min=below), levels.clamp(max=E - K)]),
         "first and last tie": row(-1.0, first=2.0, last=2.0),
@@ -96,11 +97,11 @@ def _nan(pattern: int) -> float:
     return torch.tensor(pattern, dtype=torch.int32).view(torch.float32).item()
 
 
-def boundary_ties(rows: Tensor, k: int) -> Tensor:
-    """The rows with their k-th best value once more, in the place of the next best."""
+def boundary_ties(rows: Tensor, k: int, *, more: int) -> Tensor:
+    """The rows with their k-th best value in the places of the next best as well, `more` of them."""
     best = rows.argsort(dim=1, descending=True)
-    last, rival = best[:, k - 1 : k], best[:, min(k, rows.shape[1] - 1) :][:, :1]
-    return rows.scatter(1, rival, rows.gather(1, last))
+    last, rivals = best[:, k - 1 : k], best[:, k : k + more]
+    return rows.scatter(1, rivals, rows.gather(1, last).expand(-1, rivals.shape[1]))
 
 
 def bias_rows(E: int) -> dict[str, Tensor]:

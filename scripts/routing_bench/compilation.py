@@ -49,7 +49,7 @@ class Job:
         """The same for jobs that the compiler cannot tell apart."""
         raw = self.kind in (Kind.CHOSEN_FEW, Kind.CHOSEN_MANY)
         constants = kernel_constants(self.spec, score=str(self.spec.score), is_raw=raw)
-        shape = launch_shape(_tokens(self.kind), is_bounded=constants["BOUNDED"])
+        shape = launch_shape(_tokens(self.kind), self.spec, dtype=self.spec.gate.output_dtype)
         variant = "" if self.kind in WHOLE else self.kind
         return f"{variant} {self.spec.gate.output_dtype} {constants} {shape}"
 

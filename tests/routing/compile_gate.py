@@ -1,5 +1,5 @@
-"""Compiles the gate's kernel for an NVIDIA GPU, which needs none: argument 1 is a GateSpec as JSON, 2 the number of
-tokens whose tile it takes, 3 D. Prints the PTX.
+"""Compiles the gate's kernel for an NVIDIA GPU, which needs none: argument 1 is a JSON list of [GateSpec, the number of
+tokens whose tile it takes, D]. Prints a JSON list of their PTX.
 
 Run in a process of its own, because Triton decides at import whether it compiles or interprets.
 """
@@ -65,4 +65,4 @@ def ptx(gate: GateSpec, tokens: int, D: int) -> str:
 
 
 if __name__ == "__main__":
-    print(ptx(GateSpec.from_plain(json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])))
+    print(json.dumps([ptx(GateSpec.from_plain(gate), tokens, D) for gate, tokens, D in json.loads(sys.argv[1])]))

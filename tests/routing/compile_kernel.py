@@ -21,7 +21,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 def ptx(spec: RouterSpec, score: str, rows: str) -> str:
     """The PTX for compute capability 9.0, assembled as well."""
-    shape = launch_shape(4096, is_bounded=rows == "bounded")
+    shape = launch_shape(4096, spec, dtype=spec.gate.output_dtype)
     options = {**LAUNCH_OPTIONS, "num_warps": shape.pop("num_warps")}
     constants = {**kernel_constants(spec, score=score, is_raw=False), **shape, "BOUNDED": rows == "bounded"}
     arguments = {

@@ -15,7 +15,7 @@ from routing.bits import differs
 from routing.gate_claims import FROM_TOKENS, MEASURED_ON
 from routing.gate_measure import measure_gate
 from routing.gate_reference import fp32_gate
-from routing.gate_tiles import TILES, Arithmetic, Tile, Walk
+from routing.gate_tiles import SCRATCH_BYTES, TILES, Arithmetic, Tile, Walk
 from routing.installed_gate import install_gate
 from routing.kernel_gate import kernel_gate
 
@@ -32,13 +32,28 @@ GATES = {
 }
 SHAPES = ((128, 2048), (60, 2880), (256, 1000))
 """(E, D): an ordinary one, gpt-oss's D with experts that fill no tile, a D that fills neither step nor chunk."""
-MORE_TILES = (
-    Tile(walk=Walk.LANES, depth=4, warps=1, stages=8),
-    Tile(walk=Walk.LANES, depth=16, warps=1, stages=2),
-    Tile(walk=Walk.CHUNKS, tokens=64, experts=32, depth=64, warps=4, stages=2),
-    Tile(tokens=64, experts=64, depth=32, warps=4, stages=2),
-    Tile(tokens=32, experts=64, depth=16, is_transposed=True, warps=4, stages=3),
-)
+MORE_TILES = {
+    Arithmetic.FP32: (
+        Tile(walk=Walk.LANES, depth=4, warps=1, stages=8),
+        Tile(walk=Walk.LANES, depth=16, warps=1, stages=2),
+        Tile(walk=Walk.CHUNKS, tokens=64, experts=32, depth=64, warps=4, stages=2),
+        Tile(walk=Walk.CHUNKS, tokens=16, experts=32, depth=64, is_transposed=True, warps=1, stages=2),
+        Tile(tokens=64, experts=64, depth=32, warps=4, stages=2),
+        Tile(tokens=32, experts=64, depth=16, is_transposed=True, warps=4, stages=3),
+    ),
+    Arithmetic.TF32: (
+        Tile(tokens=64, experts=16, depth=32, warps=4, stages=3),
+        Tile(tokens=64, experts=128, depth=32, warps=8, stages=2),
+        Tile(tokens=128, experts=16, depth=64, warps=8, stages=2),
+    ),
+    Arithmetic.HALF: (
+        Tile(tokens=16, experts=16, depth=64, warps=2, stages=2),
+        Tile(tokens=16, experts=8, depth=512, warps=1, stages=3),
+        Tile(tokens=64, experts=16, depth=256, warps=4, stages=3),
+        Tile(tokens=128, experts=64, depth=64, warps=4, stages=3),
+    ),
+    Arithmetic.FP64: (Tile(tokens=16, experts=8, depth=64, warps=1, stages=3),),
+}
 
 
 @pytest.fixture
@@ -58,7 +73,7 @@ def random_operands(device: torch.device, T: int, E: int, D: int, *, bf16_hidden
 
 def tiles(gate: GateSpec) -> list[Tile]:
     arithmetic = Arithmetic.of(gate)
-    return [row.tile for row in TILES[arithmetic]] + (list(MORE_TILES) if arithmetic is Arithmetic.FP32 else [])
+    return [*(row.tile for row in TILES[arithmetic]), *MORE_TILES[arithmetic]]
 
 
 def assert_same(found: Tensor, expected: Tensor, what: object = None) -> None:
@@ -68,7 +83,7 @@ def assert_same(found: Tensor, expected: Tensor, what: object = None) -> None:
 
 @pytest.mark.parametrize(
     ("name", "E", "D"),
-    [(name, E, D) for name in GATES for E, D in (SHAPES if name in ("fp32", "bf16") else SHAPES[:1])],
+    [(name, E, D) for name in GATES for E, D in (SHAPES if name in ("fp32", "tf32", "bf16") else SHAPES[:1])],
 )
 def test_a_row_has_one_result_whatever_the_tile_the_batch_and_its_place(
     name: str, E: int, D: int, cuda: torch.device
@@ -86,7 +101,7 @@ def test_a_row_has_one_result_whatever_the_tile_the_batch_and_its_place(
 
 
 @pytest.mark.parametrize("margin", [1, 8])
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16"])
 def test_rows_at_a_stride_and_off_alignment_give_the_same(name: str, margin: int, cuda: torch.device) -> None:
     hidden_TD, weight_ED = random_operands(cuda, 300, 128, 2048)
     wide = torch.full((300, 2048 + margin), float("nan"), dtype=BF16, device=cuda)
@@ -120,12 +135,53 @@ def test_fp32_adds_in_the_references_order(E: int, D: int, cuda: torch.device) -
     assert differs(fp32_gate(hidden_TD.flip(1), weight_ED.flip(1), bias_E), expected).any()
 
 
-def test_tensor_cores_read_the_first_bits_of_tf32_operands(cuda: torch.device) -> None:
+def full_of_ties(tensor: Tensor) -> Tensor:
+    """Every other number half way between two of TF32, the others anywhere."""
+    tied = (tensor.view(torch.int32) & -8192 | 0x1000).view(FP32)
+    return torch.where(torch.arange(tensor.shape[1], device=tensor.device) % 2 == 0, tied, tensor)
+
+
+def test_tf32_operands_are_rounded_to_the_nearest_and_ties_to_even(cuda: torch.device) -> None:
     gate = GATES["tf32"]
-    hidden_TD, weight_ED = random_operands(cuda, 300, 128, 2048, bf16_hidden=False)
-    cut = [(tensor.view(torch.int32) & -8192).view(FP32) for tensor in (hidden_TD, weight_ED)]
-    assert_same(gate_logits(*cut, gate), gate_logits(hidden_TD, weight_ED, gate))
-    assert differs(gate_logits(*cut, GateSpec()), gate_logits(hidden_TD, weight_ED, GateSpec())).any()
+    operands = [full_of_ties(x) for x in random_operands(cuda, 300, 128, 2048, bf16_hidden=False)]
+    bits = [x.view(torch.int32) for x in operands]
+    to_even = [((x + 0xFFF + ((x >> 13) & 1)) & -8192).view(FP32) for x in bits]
+    away = [((x + 0x1000) & -8192).view(FP32) for x in bits]
+    cut = [(x & -8192).view(FP32) for x in bits]
+    found = gate_logits(*operands, gate)
+    assert_same(found, gate_logits(*to_even, gate))
+    for other in (away, cut):
+        assert differs(gate_logits(*other, gate), found).double().mean() > 0.9
+
+
+@pytest.mark.parametrize(("T", "E", "D"), [(2048, 128, 2048), (8192, 128, 2048), (2048, 160, 5120)])
+def test_a_tf32_gate_is_pytorchs_linear_layer_at_precision_high(
+    T: int, E: int, D: int, precision: None, cuda: torch.device
+) -> None:
+    """Where cuBLAS splits no sum: its operands are rounded as ours, its instruction is the one that ours keeps to."""
+    hidden_TD, weight_ED = (full_of_ties(x) for x in random_operands(cuda, T, E, D, bf16_hidden=False))
+    torch.set_float32_matmul_precision("high")
+    assert_same(gate_logits(hidden_TD, weight_ED, GATES["tf32"]), linear(hidden_TD, weight_ED))
+
+
+@pytest.mark.parametrize("T", [1, 64, 2048, 8192])
+@pytest.mark.parametrize("name", GATES)
+def test_scratch_memory_is_what_is_written_down(name: str, T: int, cuda: torch.device) -> None:
+    gate, (E, D) = GATES[name], (256, 7168)
+    hidden_TD, weight_ED = random_operands(cuda, T, E, D)
+    gate_logits(hidden_TD, weight_ED, gate)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logits_TE = gate_logits(hidden_TD, weight_ED, gate)
+    extra = torch.cuda.max_memory_allocated() - before - logits_TE.nbytes
+    assert torch.cuda.memory_allocated() - before <= logits_TE.nbytes + 512  # the allocator's granularity
+    if name == "fp32":
+        assert extra <= SCRATCH_BYTES + 4 * E * D + 1024
+        assert extra <= 4 * T * E * (D // 128) + 4 * E * D + 1024
+    elif name == "fp64":
+        assert extra <= SCRATCH_BYTES + 8 * E * D + 1024
+    else:
+        assert extra <= 512
 
 
 def test_the_process_wide_precision_does_not_matter(precision: None, cuda: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from routing import GateSpec
 from routing.bits import differs
 from routing.gate_reference import CHUNK, fp32_gate, fused_multiply_add
-from routing.gate_tiles import TILES, Arithmetic, Tile, Walk, tile_for
+from routing.gate_tiles import TILES, Arithmetic, Tile, Walk, tile_for, tokens_at_a_time
 from routing.kernel_gate import kernel_gate
 
 BF16, FP64 = torch.bfloat16, torch.float64
@@ -27,10 +27,11 @@ FP32_TILES = (
     Tile(tokens=16, experts=16, depth=128, warps=4, stages=2),
     Tile(tokens=32, experts=16, depth=16, is_transposed=True, warps=4, stages=2),
 )
-TENSOR_TILES = (
-    Tile(tokens=16, experts=16, depth=64, warps=4, stages=2),
+TF32_TILES = (
     Tile(tokens=64, experts=32, depth=32, warps=4, stages=2),
+    Tile(tokens=128, experts=16, depth=16, warps=8, stages=2),
 )
+TENSOR_TILES = (Tile(tokens=16, experts=8, depth=64, warps=1, stages=2), TF32_TILES[0])
 GATES = {
     "fp32": GateSpec(has_bias=True),
     "tf32": GateSpec(tf32=True, has_bias=True),
@@ -42,7 +43,7 @@ GATES = {
 
 
 def tiles(gate: GateSpec) -> tuple[Tile, ...]:
-    return FP32_TILES if Arithmetic.of(gate) is Arithmetic.FP32 else TENSOR_TILES
+    return {Arithmetic.FP32: FP32_TILES, Arithmetic.TF32: TF32_TILES}.get(Arithmetic.of(gate), TENSOR_TILES)
 
 
 def eighths(*shape: int, seed: int) -> Tensor:
@@ -82,6 +83,28 @@ def test_operands_are_rounded_to_the_gates_dtype_and_the_result_once() -> None:
         assert ((found.double() - exact).abs() <= step + 1e-5).all()
         unrounded = hidden_TD.double() @ weight_ED.double().t() + bias_E
         assert (found.double() - unrounded).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # infinity times the zeros that fill a tile
+def test_tf32_operands_are_rounded_to_the_nearest_and_ties_to_even() -> None:
+    """A product with one is the operand as the tensor cores get it."""
+    step = 2.0**-10
+    numbers = [1.0 + step / 2, 1.0 + 1.5 * step, 1.0 + step * 0.5001, -1.0 - step / 2, -1.0 - 1.5 * step,
+               2.0**-126 * 1.3, 3.0e-39, 3.4e38, 3.4028234e38, float("inf"), -float("inf"), -0.0]  # fmt: skip
+    random = torch.Generator().manual_seed(0)
+    spread = torch.randn(500, generator=random) * 2.0 ** torch.arange(-60, 65).repeat(4)
+    given = torch.cat([torch.tensor(numbers), spread])
+    unit = 2.0 ** (torch.frexp(given.double()).exponent.clamp(min=-125).double() - 11)
+    expected = torch.where(given.isfinite(), (given.double() / unit).round() * unit, given.double()).float()
+    assert expected[8] == float("inf")  # rounded past the largest
+    column_TD, one_ED = torch.zeros(len(given), 16), torch.zeros(1, 16)
+    column_TD[:, 0], one_ED[:, 0] = given, 1.0
+    gate = GateSpec(tf32=True)
+    for found in (kernel_gate(column_TD, one_ED, gate)[:, 0], kernel_gate(one_ED, column_TD, gate)[0]):
+        assert not differs(found + 0.0, expected + 0.0).any()
+    assert kernel_gate(torch.full((1, 16), float("nan")), one_ED, gate).isnan().all()
+    payload = torch.full((1, 16), 0x7F800001, dtype=torch.int32).view(torch.float32)  # NaN; the first 19 bits: infinity
+    assert kernel_gate(payload, one_ED, gate).isnan().all()
 
 
 @pytest.mark.parametrize("D", [128, 1300])
@@ -130,6 +153,18 @@ def test_a_row_alone_is_the_row_in_a_batch_in_any_order(name: str) -> None:
     assert not differs(kernel_gate(hidden_TD[7:8], weight_ED, gate, bias_E), whole[7:8]).any()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
     assert not differs(kernel_gate(hidden_TD[order], weight_ED, gate, bias_E), whole[order]).any()
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp64"])
+def test_tokens_that_take_several_launches_get_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = GATES[name]
+    hidden_TD, weight_ED, bias_E = eighths(150, 300, seed=0), eighths(5, 300, seed=1), eighths(5, seed=2)
+    expected = kernel_gate(hidden_TD, weight_ED, gate, bias_E)
+    before = tokens_at_a_time(2**20)
+    monkeypatch.setattr("routing.gate_tiles.SCRATCH_BYTES", 4096)
+    assert (before, tokens_at_a_time(2**20)) == (128, 64)
+    assert not differs(kernel_gate(hidden_TD, weight_ED, gate, bias_E), expected).any()
+    assert not differs(expected, (hidden_TD @ weight_ED.t() + bias_E).to(expected.dtype)).any()
 
 
 def test_no_tokens_make_no_logits() -> None:
@@ -187,5 +222,23 @@ def test_the_table_keeps_to_what_the_kernel_can_launch() -> None:
         assert limits[-1] is None
         assert limits[:-1] == sorted(limit for limit in limits if limit is not None)
         for tile in (row.tile for row in rows):
+            tile.check(arithmetic)
             assert arithmetic is not Arithmetic.FP32 or CHUNK % tile.depth == 0
             assert tile.walk is not Walk.LANES or tile.depth in (4, 8, 16)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "warps"), [(16, 16, 4), (32, 64, 4), (64, 8, 4), (64, 16, 2)])
+def test_a_tile_for_one_warps_instruction_is_refused_in_tf32(tokens: int, experts: int, warps: int) -> None:
+    tile = Tile(tokens=tokens, experts=experts, depth=32, warps=warps, stages=2)
+    hidden_TD, weight_ED = torch.ones(1, 32), torch.ones(8, 32)
+    with pytest.raises(ValueError, match=rf"gate in tf32: Tile\(.*tokens={tokens}, .*; expected 64 tokens, 16 experts"):
+        kernel_gate(hidden_TD, weight_ED, GateSpec(tf32=True), tile=tile)
+    kernel_gate(hidden_TD, weight_ED, GateSpec(operand_dtype=BF16), tile=tile)
+
+
+def test_a_sum_that_has_no_chunks_is_not_walked_in_chunks() -> None:
+    for tile in (FP32_TILES[0], FP32_TILES[3], FP32_TILES[-1]):
+        tile.check(Arithmetic.FP32)
+        for arithmetic in (Arithmetic.HALF, Arithmetic.FP64):
+            with pytest.raises(ValueError, match="a whole walk on the weight as it is"):
+                tile.check(arithmetic)

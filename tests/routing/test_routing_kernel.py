@@ -58,8 +58,13 @@ def assert_same(found: Assignment, expected: Assignment) -> None:
     assert bits(found.weights_TK).tolist() == bits(expected.weights_TK).tolist()
 
 
+@pytest.mark.parametrize("tokens", ["few", "many"])
 @pytest.mark.parametrize("name", SPECS)
-def test_from_given_scores_every_id_and_bit_is_the_references(name: str) -> None:
+def test_from_given_scores_every_id_and_bit_is_the_references(
+    name: str, tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tokens == "many":
+        monkeypatch.setattr("routing.kernel.FEW_TOKENS", 0)
     spec = SPECS[name]
     families = {key: scores(rows, spec) for key, rows in logit_rows(spec).items()}
     families |= {f"raw {key}": rows.to(spec.chain_dtype) for key, rows in logit_rows(spec).items()}
