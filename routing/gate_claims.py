@@ -13,7 +13,10 @@ MEASURED_ON = "NVIDIA H200, torch 2.11.0+cu130"
 """Where from_tokens comes from. cuBLAS chooses by device and release: elsewhere measure_gate has the word."""
 
 FROM_TOKENS: Mapping[tuple[str, str], Mapping[tuple[int, int], int]] = {
-    ("bfloat16", "bfloat16"): {(128, 2048): 1, (128, 4096): 2048},
+    ("bfloat16", "bfloat16"): {(128, 2048): 1, (128, 4096): 2048, (160, 5120): 8192, (256, 7168): 2048},
+    ("bfloat16", "float32"): {(128, 2048): 1, (128, 4096): 2048, (160, 5120): 8192, (256, 7168): 2048},
+    ("tf32", "float32"): {(128, 2048): 2048, (160, 5120): 2048, (256, 7168): 2048},
+    ("float64", "float64"): {(128, 2048): 4096, (160, 5120): 8192, (256, 7168): 8192},
 }
 """By the dtypes of operands and logits, then by (E, D): every tried number of tokens from this one on gave equal bits.
 Below it cuBLAS splits the sum along D."""
