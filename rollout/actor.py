@@ -14,7 +14,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from rollout.config import RolloutConfig
 from rollout.errors import DeadlineExceeded, HostGone
-from rollout.host import Host, Introduction
+from rollout.host import Host
+from rollout.introduction import Introduction
 from rollout.metrics import HostMetrics, Observation
 from rollout.request import Completion, Prompt, SamplingParams, Score
 from rollout.status import HostStatus
@@ -30,6 +31,7 @@ class HostActor:
 
     def __init__(self, config: RolloutConfig, host_id: str, hold: bool) -> None:
         self._start = partial(Host, config, host_id, hold=hold)
+        self._host_id = host_id
         self._admitted = False
 
     def start(self) -> Introduction:
@@ -74,8 +76,8 @@ class HostActor:
         return self.host.score(sequences, deadline_s)
 
     def status(self) -> HostStatus:
-        """What the host is doing."""
-        return self.host.status()
+        """What the host is doing; "starting" until its checkpoint is loaded."""
+        return self.host.status() if hasattr(self, "host") else HostStatus.absent(self._host_id, "starting", "")
 
     @ray.method(concurrency_group="collect")
     def verify(self) -> tuple[WeightVersion | None, Digest]:

@@ -7,7 +7,7 @@ from typing import Any
 from rollout.actor import Call, Placement, find_actor, named_actors, named_hosts
 from rollout.balance import Rotation
 from rollout.errors import DeadlineExceeded, FleetNotFound
-from rollout.host import Introduction
+from rollout.introduction import Introduction
 
 GLANCE_S = 0.1
 """Between two looks for a host that takes work, where there is none."""

@@ -8,7 +8,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,21 +18,22 @@ from rollout.actor import NAMESPACE, Placement, ask
 from rollout.balance import Rotation
 from rollout.config import RolloutConfig
 from rollout.discovery import Discovery, introduction_of
-from rollout.errors import DeadlineExceeded, FleetNotFound, HostGone, StepNotTaken
-from rollout.host import uses_gpu
-from rollout.metrics import FleetMetrics, Observation
+from rollout.errors import FleetNotFound
+from rollout.hosting import uses_gpu
+from rollout.member import Stage
 from rollout.prospect import prospect_of
 from rollout.reaper import Reaper
 from rollout.request import Prompt, SamplingParams, Score
+from rollout.roll_call import roll_call
+from rollout.scoring import score_over
 from rollout.statement import statement
-from rollout.status import FleetStatus, HostStatus
+from rollout.status import FleetStatus
 from rollout.stream import CompletionStream
-from rollout.supervisor import Stage, Supervisor
-from rollout.watch import FolderWatch
+from rollout.supervisor import Supervisor
+from rollout.upkeep import Upkeep
 from rollout.whereabouts import Whereabouts, sweep_whereabouts
 from weights.digest import Digest
 from weights.rendezvous import remove_roster, socket_path, sweep
-from weights.report import PublishReport
 from weights.version import WeightVersion
 
 RAY_AUTH_MODE = "RAY_AUTH_MODE"
@@ -56,12 +56,9 @@ class Fleet:
         self.name = config.name
         self._owns_ray = owns_ray
         self._rotation = Rotation()
-        self._supervisor: Supervisor | None = None
+        self._upkeep: Upkeep | None = None
         """The launcher's; None in every other process."""
         self._placement = Placement(config, {})
-        self._watch: FolderWatch | None = None
-        self._whereabouts: Whereabouts | None = None
-        self._observation: Observation | None = None
         self._detached = False
         self._reaper: Reaper | None = None
         """Where this process started its own Ray."""
@@ -112,37 +109,17 @@ class Fleet:
         if detached:
             options["lifetime"] = "detached"
         fleet._placement = Placement(config, options)
-        supervisor = fleet._supervisor = Supervisor(
-            config, fleet._placement, fleet._rotation, nobody_shares=fleet._publish_again
-        )
+        fleet._upkeep = Upkeep(config, fleet._placement, fleet._rotation)
+        supervisor = fleet._upkeep.supervisor
         try:
             supervisor.start_all()
             supervisor.await_all()
             introduced = [m.introduction for m in supervisor.members.values() if m.introduction is not None]
             for found in dict.fromkeys(row for introduction in introduced for row in introduction.bits):
                 logger.info("bits of %s, as the hosts found them: %s: %s", found.operation, found.verdict, found.why)
-            supervisor.watch()
             if fleet._reaper is not None:
                 fleet._reaper.watch_descendants()  # again: Ray's agents come after it
-            fleet._whereabouts = Whereabouts(
-                name=config.name,
-                ray_address=ray.get_runtime_context().gcs_address,
-                ray_auth_mode=os.environ.get(RAY_AUTH_MODE, ""),
-                launcher=os.getpid(),
-            )
-            fleet._whereabouts.write()
-            metrics = FleetMetrics(config.name)
-            fleet._observation = Observation(
-                lambda: metrics.observe({member.host_id: member.incarnation for member in supervisor.members.values()})
-            )
-            if config.weights.folder is not None:
-                fleet._watch = FolderWatch(
-                    config.name,
-                    config.weights.folder,
-                    poll_s=config.weights.poll_s,
-                    on_update=_log_update,
-                    on_error=_log_error,
-                ).start()
+            fleet._upkeep.begin(ray.get_runtime_context().gcs_address, os.environ.get(RAY_AUTH_MODE, ""))
         except BaseException:
             fleet.end()
             raise
@@ -201,49 +178,14 @@ class Fleet:
             ValueError: a sequence can never run.
             DeadlineExceeded: a host did not answer, or none takes work.
         """
-        deadline_s = self.config.deadlines.progress_s
-        scores: dict[int, Score] = {}
-        while left := [index for index in range(len(sequences)) if index not in scores]:
-            weights = [len(sequences[index]) for index in left]
-            by_actor: dict[int, tuple[str, Any, list[int]]] = {}
-            for index, (host, actor) in zip(left, self._place(weights), strict=True):
-                by_actor.setdefault(id(actor), (host, actor, []))[2].append(index)
-            asked = [
-                (host, actor, indices, actor.score.remote([tuple(sequences[index]) for index in indices], deadline_s))
-                for host, actor, indices in by_actor.values()
-            ]
-            try:
-                for host, actor, indices, ref in asked:
-                    try:
-                        scores.update(zip(indices, ask(ref, f"{host} to score", deadline_s), strict=True))
-                    except HostGone:
-                        self._rotation.take_out(host, actor)
-            finally:
-                for host, _, indices, _ in asked:
-                    self._rotation.done(host, sum(len(sequences[index]) for index in indices))
-        return [scores[index] for index in range(len(sequences))]
+        return score_over(self._rotation, self._place, sequences, self.config.deadlines.progress_s)
 
     def status(self) -> FleetStatus:
         """What every host is doing; one that is lost is listed with the reason."""
-        known, stages = self._all_hosts(), {}
-        if self._supervisor is not None:
-            stages = {member.host_id: (member.stage, member.why) for member in self._supervisor.members.values()}
-        refs = {host: actor.status.remote() for host, actor in known.items() if actor is not None}
-        hosts = []
-        for host in known:
-            stage, why = stages.get(host, (Stage.SERVING, ""))
-            if stage is Stage.STARTING or host not in refs:
-                hosts.append(_gone(host, _STATES.get(stage, "dead"), why or "its process ended"))
-                continue
-            try:
-                found = ask(refs[host], f"{host} to report", self.config.deadlines.message_s)
-            except (HostGone, DeadlineExceeded) as error:
-                found = _gone(host, "dead", str(error))
-            if stage in (Stage.JOINING, Stage.HOLDING):  # whatever it has, it serves nobody yet
-                found = replace(found, state=_STATES[stage], version=None)
-            hosts.append(found)
+        members = {} if self._supervisor is None else self._supervisor.members
+        hosts = roll_call(self._all_hosts(), members, self.config.deadlines.message_s)
         incidents = () if self._supervisor is None else tuple(self._supervisor.incidents)
-        return FleetStatus(name=self.name, hosts=tuple(hosts), incidents=incidents)
+        return FleetStatus(name=self.name, hosts=hosts, incidents=incidents)
 
     def verify(self) -> dict[str, tuple[WeightVersion | None, Digest]]:
         """For every host that serves: its version, and the digest of what it holds, recomputed.
@@ -270,7 +212,8 @@ class Fleet:
         """Ends the hosts, whoever launched them, and leaves."""
         if self._closed:
             return
-        self._stop_looking()
+        if self._upkeep is not None:
+            self._upkeep.stop()
         if self.config.weights.transport is not None:
             remove_roster(self.name)
         actors = {host: actor for host, actor in self._all_hosts().items() if actor is not None}
@@ -305,6 +248,10 @@ class Fleet:
     def _absence(self) -> str:
         return "its hosts are being started again" if self._supervisor is None else self._supervisor.absence()
 
+    @property
+    def _supervisor(self) -> Supervisor | None:
+        return None if self._upkeep is None else self._upkeep.supervisor
+
     def _all_hosts(self) -> dict[str, Any]:
         """Every host that the configuration names -> its actor, None where it has none now."""
         if self._supervisor is not None:
@@ -312,44 +259,18 @@ class Fleet:
         self._discovery.look()
         return {f"host-{index}": self._discovery.actors.get(f"host-{index}") for index in range(self.config.hosts)}
 
-    def _publish_again(self) -> None:
-        """A host has no sibling to take its weights from: a watched folder has them still."""
-        if self._watch is not None:
-            self._watch.take_up_again()
-
-    def _stop_looking(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        if self._supervisor is not None:
-            self._supervisor.stop()
-        if self._observation is not None:
-            self._observation.stop()
-        if self._whereabouts is not None:
-            self._whereabouts.remove()
-
     def _leave(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._stop_looking()
+        if self._upkeep is not None:
+            self._upkeep.stop()
         for host in self._rotation.hosts():
             self._rotation.take_out(host)
         if self._owns_ray:
             ray.shutdown()
         if self._reaper is not None:
             self._reaper.dismiss()
-
-
-_STATES = {
-    Stage.DOWN: "dead",
-    Stage.LEFT_OUT: "left out",
-    Stage.STARTING: "starting",
-    Stage.JOINING: "holding",
-    Stage.HOLDING: "holding",
-    Stage.SERVING: "dead",
-}
-"""What a status says where the host itself does not say it."""
 
 
 def _ray_address(name: str) -> str:
@@ -362,25 +283,3 @@ def _ray_address(name: str) -> str:
         os.environ[RAY_AUTH_MODE] = known.ray_auth_mode
         ray._raylet.Config.initialize("")
     return known.ray_address
-
-
-def _log_update(report: PublishReport) -> None:
-    logger.info("took up %s in %.1f s", report.version, report.seconds)
-
-
-def _log_error(error: StepNotTaken) -> None:
-    logger.warning("%s", error)
-
-
-def _gone(host_id: str, state: str, why: str) -> HostStatus:
-    return HostStatus(
-        host_id=host_id,
-        state=state,
-        version=None,
-        running=0,
-        waiting=0,
-        process=0,
-        blocks_free=0,
-        blocks=0,
-        detail=why,
-    )

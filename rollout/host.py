@@ -10,57 +10,35 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from rollout.admission import Admission
 from rollout.config import RolloutConfig
+from rollout.door import open_door
 from rollout.engine import Engine
 from rollout.engine.group import Group
 from rollout.engine.loop import EngineLoop
 from rollout.engine.sequence import Purpose, Sequence
 from rollout.errors import DeadlineExceeded, HostFailed, VersionTooOld
-from rollout.hosting import hosting_of
+from rollout.hosting import hosting_of, uses_gpu
+from rollout.introduction import CHECKPOINT_RUN, Introduction
 from rollout.model.decoder import Decoder
 from rollout.model.end_of_sequence import end_of_sequence_ids
 from rollout.model.hosted import HostedModel
 from rollout.outbox import Outbox
 from rollout.request import Completion, Prompt, SamplingParams, Score
 from rollout.scores import Scores
-from rollout.statement import Row, certified_rows
+from rollout.statement import certified_rows
 from rollout.status import HostStatus
 from rollout.totals import HostTotals
 from rollout.updates import TimedReceiver, UpdateLog
 from weights.digest import Digest
 from weights.errors import DeadlineExceeded as PauseDeadlineExceeded
 from weights.publisher import Publisher
-from weights.receiver import Receiver
 from weights.rendezvous import RosterHost, socket_path
-from weights.transports.server import HostServer
-from weights.transports.shared_memory import OneHost, siblings
+from weights.transports.shared_memory import OneHost
 from weights.version import WeightVersion
-
-CHECKPOINT_RUN = "checkpoint"
-"""The run of the version that a host has before a learner publishes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Introduction:
-    """What a host says of itself once it is up."""
-
-    host_id: str
-    config: RolloutConfig
-    version: WeightVersion | None
-    """None where it holds back until a first commit."""
-    address: str | None
-    """Where learners and siblings reach its receiver; None where no learner will publish."""
-    process: int
-    """Its id on its machine."""
-    machine: str
-    """The machine's name."""
-    bits: tuple[Row, ...] = ()
-    """What it found about its router when it started."""
 
 
 class Host:
@@ -313,21 +291,3 @@ class Host:
         self._failure = traceback
         self._outbox.fail(traceback)
         self._scores.fail(traceback)
-
-
-def open_door(config: RolloutConfig, receiver: Receiver) -> HostServer | None:
-    """Lets learners and siblings in; None where no learner will publish."""
-    if config.weights.transport is None:
-        return None
-    deadline_s = config.deadlines.message_s
-    return HostServer(
-        receiver,
-        socket_path(config.name, receiver.host),
-        lambda: siblings(config.name, receiver.host, deadline_s),
-        deadline_s=deadline_s,
-    )
-
-
-def uses_gpu(device: str) -> bool:
-    """Whether a host configured like this runs on a GPU."""
-    return device == "cuda" or (device == "auto" and torch.cuda.is_available())

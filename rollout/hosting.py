@@ -1,4 +1,5 @@
-"""From a fleet's configuration to the choices that the model takes: whose routing, which gate, which dtype."""
+"""From a fleet's configuration to the choices that the model takes: whose routing, which gate, which dtype, where it
+runs."""
 
 import torch
 
@@ -23,3 +24,8 @@ def hosting_of(config: RolloutConfig, device: torch.device) -> Hosting:
         topk_reduce_func=config.topk_reduce_func,
         certify=config.rl_mode,
     )
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether a host configured like this runs on a GPU."""
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -10,8 +10,7 @@ import torch
 
 from rollout.config import RolloutConfig, resolve_rl_mode
 from rollout.errors import ConfigError
-from rollout.host import uses_gpu
-from rollout.hosting import hosting_of
+from rollout.hosting import hosting_of, uses_gpu
 from rollout.model.checkpoint import read_config
 from rollout.model.families import decoder_spec
 from rollout.model.spec import DecoderSpec

@@ -1,6 +1,7 @@
 """What a host and a fleet say of themselves."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from rollout.updates import UpdateRecord
 from weights.version import WeightVersion
@@ -26,6 +27,21 @@ class HostStatus:
     """Why it is torn, failed or dead."""
     last_update: UpdateRecord | None = None
     """The newest that it committed since it started."""
+
+    @classmethod
+    def absent(cls, host_id: str, state: str, why: str) -> Self:
+        """Of a host that cannot speak for itself."""
+        return cls(
+            host_id=host_id,
+            state=state,
+            version=None,
+            running=0,
+            waiting=0,
+            process=0,
+            blocks_free=0,
+            blocks=0,
+            detail=why,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

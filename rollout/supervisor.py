@@ -9,36 +9,31 @@ The way of a host:
 
 HOLDING: no sibling has weights to share, so the host waits in the roster for the next full update.
 
-Nothing here waits: each `tick` looks at what has been answered and acts on it. Ray is behind `Placing`.
+Once the fleet is up nothing here waits: each `tick` looks at what has been answered and acts on it. Ray is behind
+`Placing`.
 """
 
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Protocol
 
-from rollout.actor import Call, Outcome
+from rollout.actor import Outcome
 from rollout.balance import Rotation
 from rollout.config import RolloutConfig
-from rollout.errors import DeadlineExceeded
-from rollout.host import CHECKPOINT_RUN, Introduction
+from rollout.introduction import CHECKPOINT_RUN
+from rollout.listing import Listing
+from rollout.member import Member, Stage
+from rollout.muster import muster
+from rollout.placing import Placing
 from rollout.status import HostStatus, Incident
-from weights.rendezvous import Roster, RosterHost
 from weights.version import WeightVersion
 
 WATCH_S = 0.2
 """Seconds between two looks at the hosts."""
 STALL_S = 2.0
 """A gap between two looks beyond which this process itself stood still, and no host is blamed for its silence."""
-RESTART_WINDOW_S = 3600.0
-BACKOFF_S = 1.0
-"""Before a host that failed to come back is started once more; doubles each time, up to BACKOFF_MAX_S."""
-BACKOFF_MAX_S = 30.0
 SHARE_AGAIN_S = 0.5
 """Before weights that could not be shared are shared once more."""
 BEHIND_LOOKS = 8
@@ -46,57 +41,6 @@ BEHIND_LOOKS = 8
 way passes them one by one."""
 
 logger = logging.getLogger("rollout")
-
-
-class Stage(StrEnum):
-    """Where a host stands."""
-
-    DOWN = "down"
-    STARTING = "starting"
-    JOINING = "joining"
-    HOLDING = "holding"
-    SERVING = "serving"
-    LEFT_OUT = "left out"
-
-
-class Placing(Protocol):
-    """What the supervisor needs of Ray: `rollout.actor.Placement` gives it."""
-
-    def place(self, host_id: str, incarnation: int, hold: bool) -> Any: ...
-    def call(self, actor: Any, method: str, *args: Any) -> Call: ...
-    def end(self, actor: Any, introduction: Introduction | None) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """A host as its supervisor knows it."""
-
-    host_id: str
-    stage: Stage = Stage.DOWN
-    since_s: float = 0.0
-    """When it came to this stage."""
-    incarnation: int = 0
-    actor: Any = None
-    introduction: Introduction | None = None
-    work: Call | None = None
-    """Its start, or a sibling's sharing with it, or a sibling's last word before it is admitted."""
-    confirming: bool = False
-    watch: Call | None = None
-    watched_s: float = 0.0
-    status: HostStatus | None = None
-    """What it last said, in this life."""
-    torn_since_s: float | None = None
-    behind: int = 0
-    starts_s: deque[float] = field(default_factory=deque)
-    """When it was started again."""
-    failures: int = 0
-    """Lives in a row in which it never served."""
-    not_before_s: float = 0.0
-    why: str = ""
-
-    @property
-    def version(self) -> WeightVersion | None:
-        return None if self.status is None else self.status.version
 
 
 class Supervisor:
@@ -128,8 +72,7 @@ class Supervisor:
         self.incidents: deque[Incident] = deque(maxlen=1000)
         self._current: WeightVersion | None = None
         self._ticked_s = clock()
-        self._written: tuple[RosterHost, ...] | None = None
-        self._roster_fault = ""
+        self._listing = Listing(config, self.members.values())
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"supervisor of {config.name}", daemon=True)
 
@@ -150,27 +93,12 @@ class Supervisor:
             DeadlineExceeded: naming the hosts that did not report.
             Exception: what a host raised.
         """
-        deadline_s = self._config.deadlines.start_s
-        until = self._clock() + deadline_s
-        waiting = dict(self.members)
-        while waiting:
-            for host_id, member in list(waiting.items()):
-                assert member.work is not None
-                outcome = member.work.outcome()
-                if outcome is not None:
-                    if outcome.raised is not None:
-                        raise outcome.raised
-                    member.introduction, member.work = outcome.value, None
-                    del waiting[host_id]
-            if waiting and self._clock() > until:
-                raise DeadlineExceeded(f"hosts to load the checkpoint: {', '.join(waiting)}", deadline_s)
-            if waiting:
-                time.sleep(WATCH_S / 4)
+        muster(self.members.values(), self._config.deadlines.start_s, self._clock)
         for member in self.members.values():
             assert member.introduction is not None
             self._current = member.introduction.version
-            self._enter(member, Stage.SERVING)
-        self._write_roster(must=True)
+            member.enter(Stage.SERVING, self._clock())
+        self._listing.write(must=True)
         for member in self.members.values():
             self._placing.call(member.actor, "admit")
             self._rotation.put(member.host_id, member.actor)
@@ -200,7 +128,7 @@ class Supervisor:
         self._ticked_s = now
         for member in self.members.values():
             self._advance(member, now)
-        self._write_roster()
+        self._listing.write()
 
     def _run(self) -> None:
         while not self._stopping.wait(WATCH_S):
@@ -212,7 +140,7 @@ class Supervisor:
     def _advance(self, member: Member, now: float) -> None:
         match member.stage:
             case Stage.DOWN if now >= member.not_before_s:
-                member.starts_s.append(now)
+                member.restarts.begin(now)
                 self._start(member, hold=self._must_hold())
             case Stage.STARTING:
                 self._await_start(member, now)
@@ -222,7 +150,7 @@ class Supervisor:
 
     def _start(self, member: Member, *, hold: bool) -> None:
         member.actor = self._placing.place(member.host_id, member.incarnation, hold)
-        self._enter(member, Stage.STARTING)
+        member.enter(Stage.STARTING, self._clock())
         member.work = self._placing.call(member.actor, "start")
 
     def _must_hold(self) -> bool:
@@ -240,7 +168,7 @@ class Supervisor:
             self._lose(member, now, f"could not start: {outcome.error}")
         else:
             member.introduction, member.work = outcome.value, None
-            self._enter(member, Stage.JOINING)
+            member.enter(Stage.JOINING, self._clock())
 
     def _look(self, member: Member, now: float) -> bool:
         """Asks the host how it is, one question at a time; False if it was lost, or has said nothing yet."""
@@ -287,7 +215,7 @@ class Supervisor:
         elif member.behind > BEHIND_LOOKS and self._donor(member) is not None:
             self._rotation.take_out(member.host_id)
             self._report(member, f"serves {member.version}, the fleet {self._current}: is brought to it")
-            self._enter(member, Stage.JOINING)
+            member.enter(Stage.JOINING, self._clock())
 
     def _join(self, member: Member, now: float) -> None:
         """A host on its way to the fleet's version."""
@@ -302,8 +230,8 @@ class Supervisor:
             donor = self._donor(member)
             whole = member.version is not None and member.version == self._current
             if donor is None:
-                self._enter(member, Stage.SERVING if whole else Stage.HOLDING)
-                self._write_roster()
+                member.enter(Stage.SERVING if whole else Stage.HOLDING, self._clock())
+                self._listing.write()
                 if whole:
                     self._admit(member)
                 else:
@@ -312,7 +240,7 @@ class Supervisor:
             elif whole:
                 # In the roster first: an update that begins from here on reaches it too.
                 member.confirming = True
-                self._write_roster()
+                self._listing.write()
                 member.work = self._placing.call(donor.actor, "status")
             else:
                 assert member.introduction is not None
@@ -332,7 +260,7 @@ class Supervisor:
         elif not confirming:
             member.watch = member.status = None  # asked before it had the weights
         elif outcome.value.version in (member.version, None):
-            self._enter(member, Stage.SERVING)
+            member.enter(Stage.SERVING, self._clock())
             self._admit(member)
         else:
             self._current = outcome.value.version
@@ -341,15 +269,16 @@ class Supervisor:
         """A host in the roster that no sibling could help."""
         if member.version is not None:
             self._current = member.version
-            self._enter(member, Stage.SERVING)
+            member.enter(Stage.SERVING, self._clock())
             self._admit(member)
         elif self._donor(member) is not None:
-            self._enter(member, Stage.JOINING)
+            member.enter(Stage.JOINING, self._clock())
 
     _ACTIONS = {Stage.SERVING: _serve, Stage.JOINING: _join, Stage.HOLDING: _hold}  # noqa: RUF012
 
     def _admit(self, member: Member) -> None:
-        member.failures, member.why = 0, ""
+        member.restarts.serve()
+        member.why = ""
         self._placing.call(member.actor, "admit")
         self._rotation.put(member.host_id, member.actor)
         self._report(member, f"serves {member.version}")
@@ -362,63 +291,18 @@ class Supervisor:
     def _lose(self, member: Member, now: float, why: str) -> None:
         """Takes a host out and ends it; it is started again, unless that has happened too often."""
         self._rotation.take_out(member.host_id)
-        member.failures = 0 if member.stage is Stage.SERVING else member.failures + 1
-        while member.starts_s and now - member.starts_s[0] > RESTART_WINDOW_S:
-            member.starts_s.popleft()
-        spent = len(member.starts_s) >= self._config.restarts
-        self._enter(member, Stage.LEFT_OUT if spent else Stage.DOWN)
+        member.restarts.lose(now, serving=member.stage is Stage.SERVING)
+        spent = member.restarts.count >= self._config.restarts
+        member.enter(Stage.LEFT_OUT if spent else Stage.DOWN, self._clock())
         member.why = why
-        self._write_roster()
+        self._listing.write()
         self._placing.end(member.actor, member.introduction)
-        times = f"{len(member.starts_s)} times within an hour, of {self._config.restarts} (restarts)"
+        times = f"{member.restarts.count} times within an hour, of {self._config.restarts} (restarts)"
         self._report(member, f"{why}; {f'is left out: was started again {times}' if spent else 'is started again'}")
-        backoff_s = min(BACKOFF_S * 2 ** (member.failures - 1), BACKOFF_MAX_S) if member.failures else 0.0
-        member.not_before_s = now + backoff_s
+        member.not_before_s = now + member.restarts.rest_s
         member.incarnation += 1
         member.actor = member.introduction = None
-
-    def _enter(self, member: Member, stage: Stage) -> None:
-        member.stage, member.since_s = stage, self._clock()
-        member.work = member.watch = member.torn_since_s = None
-        member.confirming, member.behind, member.not_before_s = False, 0, 0.0
-        if stage in (Stage.DOWN, Stage.LEFT_OUT, Stage.STARTING):
-            member.status = None
 
     def _report(self, member: Member, what: str) -> None:
         self.incidents.append(Incident(at_s=time.time(), host_id=member.host_id, what=what))
         logger.warning("fleet %s: %s %s", self._config.name, member.host_id, what)
-
-    def _write_roster(self, *, must: bool = False) -> None:
-        """Tells learners and siblings who is there, if that has changed. A disk that is full is tried again later."""
-        listed = tuple(
-            RosterHost(id=m.host_id, address=m.introduction.address)
-            for m in self.members.values()
-            if (m.stage in (Stage.SERVING, Stage.HOLDING) or m.confirming)
-            and m.introduction is not None
-            and m.introduction.address is not None
-        )
-        if self._config.weights.transport is None or listed == self._written:
-            return
-        try:
-            roster_of(self._config, listed).write()
-        except OSError as error:
-            if must:
-                raise
-            if str(error) != self._roster_fault:
-                logger.warning("fleet %s: the roster cannot be written: %s", self._config.name, error)
-            self._roster_fault = str(error)
-        else:
-            self._written, self._roster_fault = listed, ""
-
-
-def roster_of(config: RolloutConfig, hosts: tuple[RosterHost, ...]) -> Roster:
-    """Where learners find the hosts, and on what terms. The payload of every transport goes through shared memory."""
-    return Roster(
-        name=config.name,
-        transport="shared_memory",
-        hosts=hosts,
-        bucket_bytes=config.weights.bucket_mib << 20,
-        deadline_s=config.deadlines.message_s,
-        silence_s=config.deadlines.silence_s,
-        launcher=os.getpid(),
-    )

@@ -25,6 +25,7 @@ from weights.report import PublishReport
 from weights.version import WeightVersion
 
 HOSTS = 3
+ALL = [f"host-{index}" for index in range(HOSTS)]
 STRUCK = "host-1"
 RUN_S = 45.0
 """A tiny host has been started again and serves, at the latest."""
@@ -134,7 +135,7 @@ class Arena:
         self.await_rest(limit_s)
         seconds = time.monotonic() - began
         after = self.judge(self.old, new)
-        assert after is cell.after, f"{cell}: the hosts hold the {after} version"
+        assert cell.allows(after), f"{cell}: the hosts hold the {after} version"
         if cell.blow is Blow.FREEZE and cell.phase in RELEASED:
             good = self.good_update()
             os.kill(struck["process"], signal.SIGCONT)  # it wakes into a world that went on without it
@@ -165,7 +166,11 @@ class Arena:
             time.sleep(DEADLINES["message_s"] / 5)
             os.kill(process, signal.SIGCONT)
         event = self.learners.event("published", "failed", order=order)
-        assert (event["event"] == "published") == (cell.blow is Blow.HICCUP), event
+        published = event["event"] == "published"
+        assert published or cell.blow is not Blow.HICCUP, event
+        # Sent to all, the struck host may have taken the commit and answered before the blow fell.
+        assert not published or cell.blow is Blow.HICCUP or cell.phase == "Commit sent", event
+        assert not published or event["hosts"] == ALL, event
         learner_s = time.monotonic() - began
         assert learner_s < 3 * DEADLINES["message_s"] + SLACK_S, f"the learner took {learner_s} s to be told"
 
@@ -186,7 +191,7 @@ class Arena:
         self.await_whole(limit_s, other_than=None if cell.blow is Blow.HICCUP else process)
         seconds = time.monotonic() - began
         after = self.judge(self.old, new)
-        assert after is cell.after, f"{cell}: the hosts hold the {after} version"
+        assert cell.allows(after), f"{cell}: the hosts hold the {after} version"
         self.good_update()
         return Verdict(cell=cell, after=after, seconds=seconds, limit_s=limit_s)
 
@@ -277,7 +282,7 @@ class Arena:
         order, version = self.order(phase=None, blow=None)
         event = self.learners.event("published", "failed", order=order)
         assert event["event"] == "published", event["text"]
-        assert event["hosts"] == [f"host-{index}" for index in range(HOSTS)], event
+        assert event["hosts"] == ALL, event
         assert self.judge(version, version) is After.OLD
         self.old = version
         return version

@@ -33,6 +33,8 @@ class After(StrEnum):
 
     OLD = "old"
     NEW = "new"
+    EITHER = "old or new"
+    """The same on every host; which one is decided by who reads first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,10 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.victim} {self.blow}, {self.phase}"
+
+    def allows(self, found: After) -> bool:
+        """Whether the hosts may hold this when the fault is over."""
+        return self.after in (found, After.EITHER)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +84,11 @@ PHASES: dict[str, After] = {
 }
 """Where a learner may stand, and which version the hosts end at if it never goes on: about to send a message (the
 hosts are counted in the order of the roster), half-way through its bytes, or between two steps of its own. From the
-first Commit that a host has got, the decision is to commit."""
+first Commit that a host has taken, the decision is to commit."""
+
+RACES = ("Commit to host 1", "half of the Commit to host 1", "Commit to host 2")
+"""A learner that is killed here leaves Commits on their way. Hosts that were sent none learn at once that it is gone,
+and ask the others to hold: whoever is asked before it has read its Commit takes it no more."""
 
 IN_AN_UPDATE = tuple(phase for phase in PHASES if phase not in ("connected", "gathering", "published"))
 
@@ -94,7 +104,12 @@ HOST_PHASES: dict[str, After] = {
 refused up to the vote, and commits on the others after it."""
 
 LEARNER_CELLS = tuple(
-    Cell(victim=Victim.LEARNER, blow=blow, phase=phase, after=after)
+    Cell(
+        victim=Victim.LEARNER,
+        blow=blow,
+        phase=phase,
+        after=After.EITHER if blow is Blow.KILL and phase in RACES else after,
+    )
     for blow in (Blow.KILL, Blow.FREEZE)
     for phase, after in PHASES.items()
 )

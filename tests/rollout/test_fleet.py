@@ -244,9 +244,18 @@ def test_the_end_is_quick_and_twice_is_once(
     short.shutdown()
     assert time.monotonic() - began < 5
     short.shutdown()
-    assert not Path(f"/proc/{process}").exists() or Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    while runs(process):  # it was killed; how soon the kernel gets round to it depends on the machine's load
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
     assert not [path.name for path in runtime_directory().iterdir() if "-short" in path.name]
     assert fleet.status().version is not None, "the other fleet of this Ray goes on"
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from rollout.actor import Outcome
 from rollout.balance import Rotation
 from rollout.config import RolloutConfig
 from rollout.errors import DeadlineExceeded
-from rollout.host import Introduction
+from rollout.introduction import Introduction
+from rollout.member import Stage
 from rollout.status import HostStatus
-from rollout.supervisor import BEHIND_LOOKS, WATCH_S, Stage, Supervisor
+from rollout.supervisor import BEHIND_LOOKS, WATCH_S, Supervisor
 from weights.digest import Digest
 from weights.rendezvous import Roster
 from weights.version import WeightVersion
