@@ -6,15 +6,15 @@ Exact exponentials and quotients of every expert are most of a router's arithmet
 result. So experts are ranked by words of 32 bits: the leading bits of a number that bounds the selection value, above
 the expert's index, which makes every word another. The K largest words name the candidates, the next one bounds all the
 rest. Candidates are then computed exactly. A row is *certain* if the least of them lies above that bound by more than
-every rounding on the way; then the candidates are the trainer's choice, in no tie with another expert. NaN, infinities
-and near ties at the boundary are not certain, and go to routing.kernel_exact. With a *spare* the next best is computed
-exactly as well, and the bound is of those after it, so that it takes two near ties to leave a row in doubt: worth its
-time where a single row in doubt is waited for, and where logits have few bits and tie often.
+every rounding on the way; then the candidates are the trainer's choice, in no tie with another expert. NaN, infinities,
+numbers near the largest and near ties at the boundary are not certain, and go to routing.kernel_exact. With a *spare*
+the next best is computed exactly as well, and the bound is of those after it, so that it takes two near ties to leave a
+row in doubt: worth its time where a single row in doubt is waited for, and where logits have few bits and tie often.
 
 The number behind a word:
-    the logit itself, where scores rise with logits and no bias stands between (any softmax over all counts);
-    with a bias, an approximate score (ex2.approx, rcp.approx: under 2^-21) plus the bias;
-    in groups likewise. A group is kept if it beats the next one by more than the rounding of words.
+    the logit itself, where scores rise with logits and no bias stands between (a softmax over all experts included);
+    with a bias, an approximate score (ex2.approx, rcp.approx: off by less than 2^-21) plus the bias;
+    in groups likewise. The kept groups are certain if the last beats the next one by more than the rounding of words.
 
 A tile is [BLOCK_T, C]: 32 experts of each row, and J tiles are a row. Each of the C columns keeps its best DEPTH words
 in order, so that the next best of a row is a maximum over columns; a column that runs dry makes its row uncertain.
@@ -42,16 +42,19 @@ from routing.kernel_order import (
 LEAST_VALUE = tl.constexpr(-3.0e38)
 """Below every value of a row that may be certain. -inf would be no number once an index stands in its low bits."""
 MAGNIFIED = tl.constexpr(8.0)
-"""A sum of values times this is finite only if every value is a number, and none beyond a quarter of fp32's range: two
+"""A sum of values times this is finite only if every value is a number below 8.6e37, a quarter of the largest: then two
 of them can be added, and LEAST_VALUE is less than any."""
 SLACK = tl.constexpr(1e-5)
 """Relative; a hundred times the rounding of any score function."""
 TINY = tl.constexpr(1e-37)
-"""Many times the rounding of a score that is no normal number."""
+"""Many times the rounding of a score below the normal numbers, where SLACK is too little."""
 TINY_ROOT = tl.constexpr(1e-18)
-"""Likewise of a root: that of an exponential which is no normal number is off by more than SLACK, and not tiny."""
+"""Likewise of the root of such a number, which is itself a normal one."""
 BIAS_SLACK = tl.constexpr(4e-6)
 """Relative to 1 + |value|: 2^-18, eight times the error of an approximate score and of its sum with the bias."""
+GROUP_SLACK = tl.constexpr(2.0**-20)
+"""Relative to 1 + the largest member, and for each index of a member. A word gives up to 2^-23 of a value away for each
+index that it can hold: two members and the group itself less than half of this; approximate scores are off by less."""
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def _approximate_sigmoid(x, LIBDEVICE: tl.constexpr):
 
 @triton.jit
 def _load(values_ptr, row, stride_t, stride_e, is_token, e, E: tl.constexpr, other):
-    pointers = values_ptr + row.to(tl.int64)[:, None] * stride_t + e * stride_e
+    pointers = values_ptr + row.to(tl.int64)[:, None] * stride_t + e.to(tl.int64) * stride_e
     return widened(tl.load(pointers, mask=is_token[:, None] & (e < E), other=other))
 
 
@@ -202,8 +205,7 @@ def _masked_groups(
     last_kept = tl.max(all_words, axis=1)
     next_best = tl.max(tl.where(all_words == last_kept[:, None], LOWEST, all_words), axis=1)
     gap = _most(last_kept, COUNT_P - 1, ORDERED) - _most(next_best, COUNT_P - 1, ORDERED)
-    # words of members and of groups are short of their values, on either side of the gap
-    certain = gap > (1.0 + size) * ((MASK + 1) * 9.5367431640625e-07)
+    certain = gap > (1.0 + size) * ((MASK + 1) * GROUP_SLACK)
     result = ()
     for tile in tl.static_range(len(values)):
         is_kept = group_words[tile // TILES] >= last_kept
@@ -220,7 +222,11 @@ def bounded_rows(
     KEPT: tl.constexpr, TOP: tl.constexpr, MASK_VALUE: tl.constexpr, ORDERED: tl.constexpr,
     HAS_SPARE: tl.constexpr, LIBDEVICE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_T, K_P] twice: expert ids and raw scores in slot order, zeros past the last slot; [BLOCK_T]: certain?"""
+    """[BLOCK_T, K_P] twice: expert ids and raw scores in slot order, zeros past the last slot; [BLOCK_T]: certain?
+
+    HAS_SPARE needs masked experts to be out of the running: a MASK_VALUE of -inf.
+    """
+    tl.static_assert(not (HAS_SPARE and COUNT > 0 and MASK_VALUE == 0.0))
     LOWEST: tl.constexpr = -0x80000000 if ORDERED else float("-inf")
     BY_SCORE: tl.constexpr = HAS_BIAS or COUNT > 0
     c = tl.arange(0, C)[None, :]
@@ -282,21 +288,9 @@ def bounded_rows(
     if E <= MASK:  # a row of NaN has candidates past the last expert; it is not certain, but is looked up all the same
         ids = tl.minimum(ids, E - 1)
     score, choice = _computed(
-        ids,
-        is_slot,
-        values_ptr,
-        bias_ptr,
-        row,
-        stride_t,
-        stride_e,
-        is_token,
-        peak,
-        total,
-        E,
-        SCORE,
-        HAS_BIAS,
+        ids, is_slot, values_ptr, bias_ptr, row, stride_t, stride_e, is_token, peak, total, E, SCORE, HAS_BIAS,
         LIBDEVICE,
-    )
+    )  # fmt: skip
     key = tl.where(is_slot, rank_key(choice), highest(rank_key(choice)))
     if HAS_SPARE:  # the next best may be better after all, or as good with a lower index: then it takes the last's slot
         spare_id = _index(spare, MASK)

@@ -29,7 +29,7 @@ from routing.kernel_order import (
 @triton.jit
 def _load_values(values_ptr, row, stride_t, stride_e, is_token, e, E: tl.constexpr):
     """A [B, len(e)] tile, -inf past the last expert."""
-    pointers = values_ptr + row.to(tl.int64)[:, None] * stride_t + e[None, :] * stride_e
+    pointers = values_ptr + row.to(tl.int64)[:, None] * stride_t + e[None, :].to(tl.int64) * stride_e
     return tl.load(pointers, mask=is_token[:, None] & (e < E)[None, :], other=float("-inf"))
 
 
