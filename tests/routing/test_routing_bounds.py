@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from certainty_kernel import certain_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from near_ties import near_ties, number_at, place_of
-from router_rows import BF16, bias_rows, bits, make_spec, operands, sigmoid_spec
+from router_rows import BF16, bias_rows, bits, has_distinct_ids, make_spec, operands, sigmoid_spec
 from score_kernel import score_bounds
 from torch import Tensor
 
@@ -62,6 +64,18 @@ def test_a_row_alone_with_a_warp_to_itself_is_the_row_of_the_batch(name: str) ->
         alone = kernel_route(rows[index : index + 1], spec, **operands(spec))
         assert torch.equal(alone.expert_ids_TK[0], batch.expert_ids_TK[index])
         assert torch.equal(bits(alone.weights_TK[0]), bits(batch.weights_TK[index]))
+
+
+@settings(max_examples=20)
+@given(name=st.sampled_from(sorted(BOUNDED)), seed=st.integers(0, 1000), T=st.integers(2, 33))
+def test_permuting_tokens_permutes_their_experts_which_are_distinct_and_exist(name: str, seed: int, T: int) -> None:
+    spec = BOUNDED[name]
+    rows = random_rows(spec, T, seed=seed)
+    shuffled = torch.randperm(T, generator=torch.Generator().manual_seed(seed))
+    found, permuted = (kernel_route(x, spec, **operands(spec)) for x in (rows, rows[shuffled]))
+    assert has_distinct_ids(found, spec.num_experts)
+    assert torch.equal(permuted.expert_ids_TK, found.expert_ids_TK[shuffled])
+    assert torch.equal(bits(permuted.weights_TK), bits(found.weights_TK[shuffled]))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 40, 1000])
