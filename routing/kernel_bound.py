@@ -38,6 +38,7 @@ from routing.kernel_order import (
     sqrt_softplus,
     widened,
 )
+from routing.kernel_words import index_of, inserted, most, popped, word_of
 
 LEAST_VALUE = tl.constexpr(-3.0e38)
 """Below every value of a row that may be certain. -inf would be no number once an index stands in its low bits."""
@@ -55,55 +56,6 @@ BIAS_SLACK = tl.constexpr(4e-6)
 GROUP_SLACK = tl.constexpr(2.0**-20)
 """Relative to 1 + the largest member, and for each index of a member. A word gives up to 2^-23 of a value away for each
 index that it can hold: two members and the group itself less than half of this; approximate scores are off by less."""
-
-
-@triton.jit
-def _word(value, index, MASK: tl.constexpr, ORDERED: tl.constexpr):
-    """The leading bits of fp32 `value` over `index`: as int32 in the order of the values, or as fp32."""
-    bits = value.to(tl.int32, bitcast=True)
-    if ORDERED:
-        word = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) & ~MASK) | index
-    else:
-        word = ((bits & ~MASK) | index).to(tl.float32, bitcast=True)
-    return word
-
-
-@triton.jit
-def _index(word, MASK: tl.constexpr):
-    return word.to(tl.int32, bitcast=True) & MASK
-
-
-@triton.jit
-def _most(word, MASK: tl.constexpr, ORDERED: tl.constexpr):
-    """No value with these leading bits is larger."""
-    bits = word.to(tl.int32, bitcast=True)
-    if ORDERED:
-        key = bits | MASK
-        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    else:
-        bits = tl.where(bits < 0, bits & ~MASK, bits | MASK)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _inserted(heads, word, DEPTH: tl.constexpr):
-    """The columns' best words, in order, with one more word to each."""
-    result = ()
-    for level in tl.static_range(len(heads)):
-        result = result + (tl.maximum(heads[level], word),)
-        word = tl.minimum(heads[level], word)
-    if len(heads) < DEPTH:
-        result = result + (word,)
-    return result
-
-
-@triton.jit
-def _popped(heads, is_it, LOWEST: tl.constexpr):
-    """The same with the first word gone from the columns where `is_it`."""
-    result = ()
-    for level in tl.static_range(len(heads) - 1):
-        result = result + (tl.where(is_it, heads[level + 1], heads[level]),)
-    return result + (tl.where(is_it, LOWEST, heads[len(heads) - 1]),)
 
 
 @triton.jit
@@ -185,26 +137,26 @@ def _masked_groups(
     for index in tl.static_range(COUNT):
         heads = ()
         for tile in tl.static_range(TILES):
-            word = _word(values[index * TILES + tile], tile * C + c, MASK, ORDERED)
+            word = word_of(values[index * TILES + tile], tile * C + c, MASK, ORDERED)
             if tile == 0:
                 heads = (word, tl.full([BLOCK_T, C], LOWEST, word.dtype))
             else:
                 heads = (tl.maximum(heads[0], word), tl.maximum(heads[1], tl.minimum(heads[0], word)))
         best = tl.max(heads[0], axis=1)
-        score = _most(best, MASK, ORDERED)
+        score = most(best, MASK, ORDERED)
         size = tl.maximum(size, tl.abs(score))
         if TOP == 2:
             second = tl.max(tl.where(heads[0] == best[:, None], heads[1], heads[0]), axis=1)
-            size = tl.maximum(size, tl.abs(_most(second, MASK, ORDERED)))
-            score += _most(second, MASK, ORDERED)
-        word = _word(score, index, COUNT_P - 1, ORDERED)
+            size = tl.maximum(size, tl.abs(most(second, MASK, ORDERED)))
+            score += most(second, MASK, ORDERED)
+        word = word_of(score, index, COUNT_P - 1, ORDERED)
         group_words = group_words + (word,)
         all_words = tl.where(g == index, word[:, None], all_words)
     for _ in tl.static_range(KEPT - 1):
         all_words = tl.where(all_words == tl.max(all_words, axis=1)[:, None], LOWEST, all_words)
     last_kept = tl.max(all_words, axis=1)
     next_best = tl.max(tl.where(all_words == last_kept[:, None], LOWEST, all_words), axis=1)
-    gap = _most(last_kept, COUNT_P - 1, ORDERED) - _most(next_best, COUNT_P - 1, ORDERED)
+    gap = most(last_kept, COUNT_P - 1, ORDERED) - most(next_best, COUNT_P - 1, ORDERED)
     certain = gap > (1.0 + size) * ((MASK + 1) * GROUP_SLACK)
     result = ()
     for tile in tl.static_range(len(values)):
@@ -266,25 +218,25 @@ def bounded_rows(
 
     heads = ()
     for j in tl.static_range(J):
-        heads = _inserted(heads, _word(values[j], j * C + c, MASK, ORDERED), DEPTH)
+        heads = inserted(heads, word_of(values[j], j * C + c, MASK, ORDERED), DEPTH)
     slot = tl.broadcast_to(tl.arange(0, K_P)[None, :], [BLOCK_T, K_P])
     is_slot = slot < K
     words = tl.zeros([BLOCK_T, K_P], heads[0].dtype)
     for rank in tl.static_range(K):
         best = tl.max(heads[0], axis=1)[:, None]
         words = tl.where(slot == rank, best, words)
-        heads = _popped(heads, heads[0] == best, LOWEST)
+        heads = popped(heads, heads[0] == best, LOWEST)
     spare = tl.max(heads[0], axis=1)[:, None]
     if HAS_SPARE:
-        heads = _popped(heads, heads[0] == spare, LOWEST)
+        heads = popped(heads, heads[0] == spare, LOWEST)
     if J > DEPTH:
         certain = certain & (tl.min(heads[0], axis=1) != LOWEST)
     if COUNT > 0 and MASK_VALUE == 0.0:  # where masked experts are in the running, their scores are not what counts
-        certain = certain & tl.reshape(_most(best, MASK, ORDERED) > TINY, [BLOCK_T])
-    rest = _most(tl.max(heads[0], axis=1), MASK, ORDERED)[:, None]
+        certain = certain & tl.reshape(most(best, MASK, ORDERED) > TINY, [BLOCK_T])
+    rest = most(tl.max(heads[0], axis=1), MASK, ORDERED)[:, None]
 
     # the candidates, exactly
-    ids = _index(words, MASK)
+    ids = index_of(words, MASK)
     if E <= MASK:  # a row of NaN has candidates past the last expert; it is not certain, but is looked up all the same
         ids = tl.minimum(ids, E - 1)
     score, choice = _computed(
@@ -293,8 +245,8 @@ def bounded_rows(
     )  # fmt: skip
     key = tl.where(is_slot, rank_key(choice), highest(rank_key(choice)))
     if HAS_SPARE:  # the next best may be better after all, or as good with a lower index: then it takes the last's slot
-        spare_id = _index(spare, MASK)
-        is_real = _most(spare, MASK, ORDERED) > LEAST_VALUE / 2  # neither masked nor past the last expert
+        spare_id = index_of(spare, MASK)
+        is_real = most(spare, MASK, ORDERED) > LEAST_VALUE / 2  # neither masked nor past the last expert
         spare_score, spare_choice = _computed(
             spare_id, is_real, values_ptr, bias_ptr, row, stride_t, stride_e, is_token, peak, total, E, SCORE, HAS_BIAS,
             LIBDEVICE,
