@@ -55,9 +55,15 @@ class EngineConfig:
 class WeightsConfig:
     """How fresh weights arrive."""
 
-    transport: Literal["shared_memory", "disk"] | None = "shared_memory"
-    """shared_memory: learner and hosts on one machine. disk: the learner writes step folders into `folder`, and the
-    process that launched the fleet takes them up. None: no learner will ever publish."""
+    transport: Literal["shared_memory", "cuda_ipc", "nccl", "disk"] | None = "shared_memory"
+    """shared_memory: learner and hosts on one machine, through its memory. cuda_ipc: the hosts read the learner's
+    device memory, on the same GPU or one that reaches it. nccl: broadcast from the learner's GPU to the hosts' (between
+    CPUs, by gloo). disk: the learner writes step folders into `folder`, and the process that launched the fleet takes
+    them up. None: no learner will ever publish."""
+    shadow: bool | None = None
+    """With the transport nccl: whether a host keeps a full second copy of an update in its machine's memory before it
+    votes. With one, a learner that dies in a commit leaves the old version or the new; without, hosts that serve
+    nothing until the next update. None: where it fits."""
     folder: str | None = None
     """Where step folders appear; with the transport disk, and only with it."""
     poll_s: float = 1.0
@@ -75,6 +81,11 @@ class WeightsConfig:
             raise ConfigError(
                 f"weights.folder: got {self.folder!r} with weights.transport {self.transport or 'null'}; "
                 "the transport disk needs a folder and no other has one"
+            )
+        if self.shadow is not None and self.transport != "nccl":
+            raise ConfigError(
+                f"weights.shadow: got {str(self.shadow).lower()} with weights.transport {self.transport or 'null'}; "
+                "only nccl has a choice: remove it"
             )
         if self.folder == "":
             raise ConfigError("weights.folder: got an empty path; give the folder that the learner writes steps into")
@@ -145,6 +156,9 @@ class RolloutConfig:
     """Of the hosted parameters; the checkpoint's own unless said."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    load: Literal["checkpoint", "random"] = "checkpoint"
+    """random: weights are drawn instead of read, the same on every host; the folder needs no more than config.json. To
+    measure, or for a learner that publishes before anybody generates."""
     hosts: int = 1
     """Replicas of the model."""
     restarts: int = 5

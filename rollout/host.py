@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from rollout.admission import Admission
+from rollout.arrivals import keeps_shadow, reach_of
 from rollout.config import RolloutConfig
 from rollout.door import open_door
 from rollout.engine import Engine
@@ -61,7 +62,9 @@ class Host:
         device = torch.device("cuda" if uses_gpu(config.device) else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(config.engine.cpu_threads)
-        model = HostedModel.load(config.model, hosting=hosting_of(config, device), device=device)
+        model = HostedModel.load(
+            config.model, hosting=hosting_of(config, device), device=device, at_random=config.load == "random"
+        )
         version = model.version(CHECKPOINT_RUN)
         engine = Engine(
             model,
@@ -87,9 +90,10 @@ class Host:
             serving=self,
             version=None if hold else version,
             wire_dtypes=model.wire_dtypes,
+            reach=reach_of(config, device),
             silence_s=config.deadlines.silence_s,
         )
-        self._door = open_door(config, self._receiver)
+        self._door = open_door(config, self._receiver, on_gpu=device.type == "cuda")
         self.introduction = Introduction(
             host_id=host_id,
             config=config,
@@ -97,6 +101,8 @@ class Host:
             address=None if self._door is None else socket_path(config.name, host_id),
             process=os.getpid(),
             machine=socket.gethostname(),
+            on_gpu=device.type == "cuda",
+            shadow=keeps_shadow(config, sum(tensor.nbytes for tensor in model.parameters.values())),
             bits=certified_rows(config, model.certification.reports),
         )
         self._loop.start()

@@ -24,5 +24,9 @@ class Introduction:
     """Its id on its machine."""
     machine: str
     """The machine's name."""
+    on_gpu: bool = False
+    """Whether it runs on one."""
+    shadow: bool = False
+    """Whether its machine has room for a full second copy of an update, where that is used."""
     bits: tuple[Row, ...] = ()
     """What it found about its router when it started."""

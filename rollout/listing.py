@@ -1,12 +1,12 @@
 """Listing: tells learners and siblings, through the roster, which hosts of a fleet are there."""
 
 import logging
-import os
 from collections.abc import Collection
 
 from rollout.config import RolloutConfig
 from rollout.member import Member
-from weights.rendezvous import Roster, RosterHost
+from rollout.terms import roster_of
+from weights.rendezvous import RosterHost
 
 logger = logging.getLogger("rollout")
 
@@ -31,15 +31,16 @@ class Listing:
         Args:
             must: raise what keeps it from being written.
         """
-        listed = tuple(
-            RosterHost(id=member.host_id, address=member.introduction.address)
+        introduced = [
+            member.introduction
             for member in self._members
             if member.listed and member.introduction is not None and member.introduction.address is not None
-        )
+        ]
+        listed = tuple(RosterHost(id=host.host_id, address=str(host.address)) for host in introduced)
         if self._config.weights.transport is None or listed == self._written:
             return
         try:
-            roster_of(self._config, listed).write()
+            roster_of(self._config, listed, introduced).write()
         except OSError as error:
             if must:
                 raise
@@ -48,16 +49,3 @@ class Listing:
             self._fault = str(error)
         else:
             self._written, self._fault = listed, ""
-
-
-def roster_of(config: RolloutConfig, hosts: tuple[RosterHost, ...]) -> Roster:
-    """Where learners find the hosts, and on what terms. The payload of every transport goes through shared memory."""
-    return Roster(
-        name=config.name,
-        transport="shared_memory",
-        hosts=hosts,
-        bucket_bytes=config.weights.bucket_mib << 20,
-        deadline_s=config.deadlines.message_s,
-        silence_s=config.deadlines.silence_s,
-        launcher=os.getpid(),
-    )

@@ -29,7 +29,7 @@ class Prospect:
     platform: Literal["cpu", "cuda"]
     hints: tuple[str, ...]
     checkpoint_bytes: int
-    """Of all tensors in the folder."""
+    """Of all tensors in the folder; 0 where none are read."""
 
     @property
     def max_tokens(self) -> int:
@@ -65,5 +65,5 @@ def prospect_of(config: RolloutConfig, environ: Mapping[str, str]) -> Prospect:
         trainers=decoder_spec(plain, replace(hosting, gate="trainer")),
         platform=hosting.platform,
         hints=hints,
-        checkpoint_bytes=read_checkpoint(config.model).bytes,
+        checkpoint_bytes=read_checkpoint(config.model).bytes if config.load == "checkpoint" else 0,
     )

@@ -207,15 +207,28 @@ class Supervisor:
                 self._rotation.take_out(member.host_id)
                 self._report(member, f"is torn and serves nothing: {member.status.detail}")
             elif now - member.torn_since_s > torn_s:
-                self._lose(member, now, f"waited {torn_s:g} s for an update to heal it")
+                self._lose(member, now, f"waited {torn_s:g} s for a sibling or an update to heal it")
+            else:
+                self._heal(member, now)
         elif member.torn_since_s is not None:
-            member.torn_since_s = None
+            member.torn_since_s, member.work = None, None
             self._rotation.put(member.host_id, member.actor)
-            self._report(member, f"was healed by an update and serves {member.version}")
+            self._report(member, f"was healed and serves {member.version}")
         elif member.behind > BEHIND_LOOKS and self._donor(member) is not None:
             self._rotation.take_out(member.host_id)
             self._report(member, f"serves {member.version}, the fleet {self._current}: is brought to it")
             member.enter(Stage.JOINING, self._clock())
+
+    def _heal(self, member: Member, now: float) -> None:
+        """Asks a sibling for its weights. A torn host stays in the roster: an update of the learner may come first."""
+        outcome = None if member.work is None else member.work.outcome()
+        if outcome is not None:
+            member.work, member.not_before_s = None, now + SHARE_AGAIN_S
+        donor = self._donor(member)
+        if member.work is None and now >= member.not_before_s and donor is not None:
+            assert member.introduction is not None
+            assert member.introduction.address is not None
+            member.work = self._placing.call(donor.actor, "share", member.host_id, member.introduction.address)
 
     def _join(self, member: Member, now: float) -> None:
         """A host on its way to the fleet's version."""

@@ -1,6 +1,8 @@
 """Trainer tensor -> hosted tensor: naming, manifests, digests, and the protocol between a learner and its hosts."""
 
+from weights.catalogue import Catalogue, TensorSpec
 from weights.digest import Digest, tensor_digest
+from weights.digests import Digests
 from weights.errors import (
     CommitIncomplete,
     DeadlineExceeded,
@@ -12,7 +14,7 @@ from weights.errors import (
     UpdateAborted,
     WeightsError,
 )
-from weights.manifest import Manifest, TensorEntry
+from weights.manifest import Manifest
 from weights.naming import ExpertRows, HostedLayout, HostedSlice, Rows, Rule, Whole, to_wire
 from weights.publisher import Publisher
 from weights.receiver import Receiver
@@ -23,9 +25,11 @@ from weights.state import State
 from weights.version import WeightVersion
 
 __all__ = [
+    "Catalogue",
     "CommitIncomplete",
     "DeadlineExceeded",
     "Digest",
+    "Digests",
     "ExpertRows",
     "FolderError",
     "HostTimes",
@@ -45,7 +49,7 @@ __all__ = [
     "Serving",
     "Sibling",
     "State",
-    "TensorEntry",
+    "TensorSpec",
     "TransportError",
     "UpdateAborted",
     "WeightVersion",

@@ -1,13 +1,12 @@
-"""Packs the tensors of an update into flat buckets of bytes.
-
-A pure function, which the learner and its hosts compute alike.
+"""Where the tensors of an update lie in flat memory: packed into buckets, by a pure function that both ends compute
+alike, or where a learner has them.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from weights.catalogue import Catalogue
 from weights.digest import BLOCK_BYTES
-from weights.manifest import Manifest
 
 DEFAULT_BUCKET_BYTES = 256 << 20
 ALIGNMENT = 256
@@ -16,15 +15,15 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive bytes of one tensor inside one bucket."""
+    """Consecutive bytes of one tensor inside one bucket, or another stretch of flat memory."""
 
     tensor: int
-    """Its place in the manifest."""
+    """Its place in the catalogue."""
     tensor_offset: int
     """First byte in the tensor; a multiple of the digest's block."""
     bucket: int
     bucket_offset: int
-    """First byte in the bucket; a multiple of ALIGNMENT."""
+    """First byte in the bucket; a multiple of ALIGNMENT where it was packed."""
     bytes: int
 
 
@@ -79,10 +78,10 @@ class Bucket:
         return self.pieces[-1].bucket_offset + self.pieces[-1].bytes
 
 
-def pack(manifest: Manifest, bucket_bytes: int) -> tuple[Bucket, ...]:
+def pack(catalogue: Catalogue, bucket_bytes: int) -> tuple[Bucket, ...]:
     """The buckets of an update. ValueError as `check_bucket_bytes`."""
     packer = Packer(bucket_bytes)
-    return buckets(piece for entry in manifest.entries for piece in packer.place(entry.bytes))
+    return buckets(piece for tensor in catalogue.tensors for piece in packer.place(tensor.bytes))
 
 
 def buckets(pieces: Iterable[Piece]) -> tuple[Bucket, ...]:

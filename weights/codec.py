@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
+from weights.catalogue import Catalogue
+from weights.delivery import Delivery
 from weights.digest import Digest
+from weights.digests import Digests
 from weights.errors import ManifestError, MessageError
-from weights.manifest import Manifest
+from weights.lease import Lease, SlotTerms, WireTerms
 from weights.messages import KINDS, Message
 from weights.state import Intent, Outcome, State
 from weights.version import WeightVersion
@@ -130,12 +133,24 @@ def _digest(plain: object) -> Digest:
     return Digest.from_hex(_text(plain))
 
 
+def _plain_if_any(value: Any) -> object:
+    return None if value is None else value.to_plain()
+
+
+def _if_any(read: Callable[[object], Any]) -> Callable[[object], Any]:
+    return lambda plain: None if plain is None else read(plain)
+
+
 _ENCODERS: dict[Any, Callable[[Any], object]] = {
     Digest: lambda digest: digest.hex,
     Digest | None: lambda digest: None if digest is None else digest.hex,
+    Digests: lambda digests: digests.hex,
     WeightVersion: WeightVersion.to_plain,
-    WeightVersion | None: lambda version: None if version is None else version.to_plain(),
-    Manifest: Manifest.to_plain,
+    WeightVersion | None: _plain_if_any,
+    Catalogue | None: _plain_if_any,
+    Lease | None: _plain_if_any,
+    SlotTerms | None: _plain_if_any,
+    WireTerms | None: _plain_if_any,
     Mapping[str, str]: dict,
 }
 _DECODERS: dict[Any, Callable[[object], Any]] = {
@@ -143,10 +158,15 @@ _DECODERS: dict[Any, Callable[[object], Any]] = {
     int: _count,
     float: _seconds,
     Digest: _digest,
-    Digest | None: lambda plain: None if plain is None else _digest(plain),
+    Digest | None: _if_any(_digest),
+    Digests: lambda plain: Digests.from_hex(_text(plain)),
     WeightVersion: WeightVersion.from_plain,
-    WeightVersion | None: lambda plain: None if plain is None else WeightVersion.from_plain(plain),
-    Manifest: Manifest.from_plain,
+    WeightVersion | None: _if_any(WeightVersion.from_plain),
+    Catalogue | None: _if_any(Catalogue.from_plain),
+    Lease | None: _if_any(Lease.from_plain),
+    SlotTerms | None: _if_any(SlotTerms.from_plain),
+    WireTerms | None: _if_any(WireTerms.from_plain),
+    Delivery: lambda plain: Delivery(_text(plain)),
     State: lambda plain: State(_text(plain)),
     Outcome: lambda plain: Outcome(_text(plain)),
     Intent: lambda plain: Intent(_text(plain)),

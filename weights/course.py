@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from weights.errors import DeadlineExceeded
-from weights.hosted import Hosted
+from weights.errors import DeadlineExceeded, WeightsError
+from weights.hosted import Hosted, Overwriting
 from weights.messages import Committed
 from weights.outcomes import Outcomes
+from weights.payload import StreamPayload
 from weights.staging import StagedUpdate
 from weights.state import Outcome, State
 
@@ -25,6 +26,8 @@ class Course:
         self.held = False
         """It is being settled among siblings: a publisher's commit comes too late."""
         self.outcomes = Outcomes()
+        self._writing: Overwriting | None = None
+        """The commit on its way, with its pause."""
         self._last_commit: Committed | None = None
 
     def find(self, update: str) -> StagedUpdate | None:
@@ -37,6 +40,7 @@ class Course:
 
     def begin(self, update: StagedUpdate) -> None:
         """Its offer was taken."""
+        assert self._writing is None
         self.update, self.state = update, State.OFFERED
 
     def vote(self) -> None:
@@ -50,6 +54,7 @@ class Course:
     def end(self, outcome: Outcome) -> None:
         """Lets go of the update under way and its segments."""
         assert self.update is not None
+        self._leave()
         self.outcomes.keep(self.update.offer.update, outcome)
         self.update, self.held = None, False
         self.state = State.TORN if self._hosted.version is None else State.IDLE
@@ -65,27 +70,82 @@ class Course:
 
         A text says why not: nothing was written if the state is STAGED still, else the host is torn.
         """
+        refusal = self.begin_writing(update)
+        return self.finish_writing(update, sequence) if refusal is None else refusal
 
-        def paused() -> None:
-            self.state = State.COMMITTING
+    def begin_writing(self, update: StagedUpdate) -> str | None:
+        """Pauses for the commit of the update under way; nothing is written yet. A text says why it cannot."""
+        if self._writing is None:
+            writing = self._hosted.overwriting(update)
+            try:
+                writing.__enter__()
+            except DeadlineExceeded as error:
+                return f"could not pause, so nothing was written: {error}"
+            self._writing = writing
+        return None
 
+    def deliver(self, update: StagedUpdate, bucket: int) -> str | None:
+        """Writes the next bucket of a streamed update. A text says why the host is torn instead."""
+        assert isinstance(update.payload, StreamPayload)
+        writing = self._opened()
         try:
-            written = self._hosted.write(update, paused)
-        except DeadlineExceeded as error:
-            if self.state is not State.STAGED:
-                raise
-            return f"could not pause, so nothing was written: {error}"
+            update.payload.deliver(bucket)
+        except (RuntimeError, OSError, WeightsError) as error:
+            writing.reason = f"the commit failed: {error}"
+        else:
+            writing.reason = ""
         finally:
-            if self.state is State.COMMITTING:
-                self.end(Outcome.TORN if self._hosted.version is None else Outcome.COMMITTED)
-        if isinstance(written, str):
-            return written
+            if writing.reason:
+                self.end_writing()
+        return writing.reason or None
+
+    def finish_writing(self, update: StagedUpdate, sequence: int) -> Committed | str:
+        """Writes what is staged, verifies all of it, and ends the update; a text says why the host is torn instead."""
+        writing = self._opened()
+        try:
+            writing.write()
+        finally:
+            self.end_writing()
+        if writing.written is None:
+            return writing.reason
         self._last_commit = Committed(
             sequence=sequence,
             update=update.offer.update,
             version=update.version,
-            pause_s=written.pause_s,
-            copy_s=written.copy_s,
-            verify_s=written.verify_s,
+            pause_s=writing.written.pause_s,
+            copy_s=writing.written.copy_s,
+            verify_s=writing.written.verify_s,
         )
         return self._last_commit
+
+    def end_writing(self) -> None:
+        """Ends a commit on its way where it stands: the host has the update, or is torn."""
+        self._leave()
+        self.end(Outcome.TORN if self._hosted.version is None else Outcome.COMMITTED)
+
+    def interrupt(self, reason: str) -> None:
+        """The publisher of a streamed update is lost: torn if any of it was written; else the pause ends."""
+        if self._writing is not None:
+            self._writing.reason = reason
+            if self._writing.is_open:
+                self.end_writing()
+            else:
+                self._leave()
+
+    @property
+    def is_paused(self) -> bool:
+        """A commit has begun and is not at its end."""
+        return self._writing is not None
+
+    def _opened(self) -> Overwriting:
+        assert self._writing is not None
+        self._writing.reason = "the commit was interrupted"
+        if not self._writing.is_open:
+            self.state = State.COMMITTING
+            self._writing.open()
+        return self._writing
+
+    def _leave(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.__exit__(None, None, None)

@@ -105,13 +105,18 @@ class TensorHash:
         self.header = Digest(mix(self._seeds[0]), mix(self._seeds[1]))
         """What the tensor contributes besides its bytes: it makes even an empty tensor's name and shape count."""
 
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """The seeds of both lanes, as the signed patterns that torch takes."""
+        return signed(self._seeds[0]), signed(self._seeds[1])
+
     def blocks(self, data: Tensor, first_block: int = 0) -> Digest:
         """Digest of consecutive blocks.
 
         `data`: flat uint8, from byte `first_block * 4096` of the tensor on; only the tensor's last block is
         short.
         """
-        return _as_digest(self._lanes(data, first_block))
+        return _as_digest(self.lanes(data, first_block))
 
     def narrowed(self, tensor: Tensor, wire_dtype: torch.dtype) -> Digest:
         """Digest of all blocks of a contiguous `tensor` of a dtype that widens `wire_dtype`, as it was on the wire.
@@ -126,16 +131,16 @@ class TensorHash:
             chunk = flat[start : start + step]
             narrow = _narrow(chunk, wire_dtype)
             strays = (narrow.to(chunk.dtype).view(torch.int32) != chunk.view(torch.int32)).sum()
-            total += self._lanes(narrow.view(torch.uint8), start * wire_dtype.itemsize // BLOCK_BYTES)
+            total += self.lanes(narrow.view(torch.uint8), start * wire_dtype.itemsize // BLOCK_BYTES)
             total += strays * signed(GOLDEN)
         return _as_digest(total)
 
-    def _lanes(self, data: Tensor, first_block: int) -> Tensor:
-        """int64 [2]: both lanes of the blocks in `data`, on its device."""
+    def lanes(self, data: Tensor, first_block: int) -> Tensor:
+        """As `blocks`, not waited for: int64 [2], both lanes, on the data's device."""
         if data.dtype != torch.uint8 or data.dim() != 1:
             raise ValueError(f"blocks are hashed from flat uint8 bytes, got {data.dtype} of shape {tuple(data.shape)}")
         total = torch.zeros(2, dtype=torch.int64, device=data.device)
-        keys = _keys(data.device)
+        keys = lane_keys(data.device)
         seeds_L1 = torch.tensor([[signed(seed)] for seed in self._seeds], dtype=torch.int64, device=data.device)
         step = _chunk_blocks(data.device)
         for start in range(0, data.numel(), step * BLOCK_BYTES):
@@ -199,8 +204,8 @@ def _chunk_blocks(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=16)
-def _keys(device: torch.device) -> Tensor:
-    """int32 [2, W]: the fixed keys of both lanes."""
+def lane_keys(device: torch.device) -> Tensor:
+    """int32 [2, W] on `device`: the fixed keys of both lanes."""
     streams = b"".join(hashlib.shake_256(_KEY_STREAM % lane).digest(BLOCK_BYTES) for lane in range(2))
     words = [int.from_bytes(streams[i : i + 4], "little", signed=True) for i in range(0, len(streams), 4)]
     return torch.tensor(words, dtype=torch.int32).view(2, _WORDS).to(device)

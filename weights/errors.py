@@ -7,7 +7,8 @@
     ├── FolderError              a folder of weights cannot be written, read, or trusted
     ├── TransportError           a peer is gone, refuses the connection, or breaks the protocol
     │   ├── PeerGone             its process has ended: it serves nothing
-    │   └── DeadlineExceeded     a wait ended without what it waited for
+    │   ├── DeadlineExceeded     a wait ended without what it waited for
+    │   └── DeviceFull           a device has no memory left for a buffer
     ├── UpdateAborted            nothing was committed: every host keeps what it had
     └── CommitIncomplete         some hosts committed and some did not
 
@@ -48,6 +49,10 @@ class PeerGone(TransportError):
 
 class DeadlineExceeded(TransportError):
     """A wait ended; the text says what was waited for and how long."""
+
+
+class DeviceFull(TransportError):
+    """A device has no memory left for a buffer; the text says what is free."""
 
 
 class UpdateAborted(WeightsError):

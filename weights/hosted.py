@@ -1,14 +1,21 @@
 """Hosted: a host's parameters, the version that they hold, and the only code that changes either."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from weights.digest import Digest, tensor_digest
-from weights.errors import UpdateAborted, WeightsError
+from weights.aside import settled
+from weights.catalogue import Catalogue, TensorSpec
+from weights.digest import Digest
+from weights.errors import ManifestError, UpdateAborted, WeightsError
+from weights.manifest import Manifest
 from weights.naming import HostedLayout
+from weights.placement import Placement
 from weights.serving import Serving
 from weights.staging import StagedUpdate
 from weights.version import WeightVersion
@@ -55,61 +62,126 @@ class Hosted:
         self._parameters = parameters
         self._serving = serving
         self._clock = clock
-        self._wire_dtypes = {name: where.dtype for name, where in layout.items()} | dict(wire_dtypes or {})
-        """Of the last committed manifest: what the version's digest was taken over."""
+        dtypes = {name: where.dtype for name, where in layout.items()} | dict(wire_dtypes or {})
+        catalogue = Catalogue(TensorSpec(name=name, shape=layout[name].shape, dtype=dtypes[name]) for name in layout)
+        self._placement = Placement(catalogue, layout, parameters)
+        """Of all hosted tensors, in the wire dtypes that the version's digest was taken over."""
+        self._manifest: Manifest | None = None
+        """Of `version`, as it was committed; None for what was loaded."""
 
     def content(self) -> tuple[WeightVersion, Iterator[tuple[str, Tensor]]]:
         """The version, and (wire name, tensor in its wire dtype), read as it is iterated.
 
         A commit meanwhile makes it a mixture, which shows in its digest. UpdateAborted if there is no version.
         """
-        version, dtypes = self.version, self._wire_dtypes
+        version, placement = self.version, self._placement
         if version is None:
             raise UpdateAborted(f"{self._host} has no version to share: it serves nothing until a complete commit", {})
-        return version, ((name, view.to(dtypes[name])) for name, view in self._layout.state_dict(self._parameters))
+        named = enumerate(placement.catalogue.tensors)
+        return version, ((tensor.name, placement.view(place).to(tensor.dtype)) for place, tensor in named)
 
     def digest(self) -> Digest:
         """Worked out from the parameters as they are; equal to the version's digest if they are whole."""
-        named = self._layout.state_dict(self._parameters)
-        return Digest.total(tensor_digest(name, view, self._wire_dtypes[name]) for name, view in named)
+        return self._placement.live().total
 
-    def write(self, update: StagedUpdate, paused: Callable[[], None]) -> Written | str:
-        """Pauses, overwrites, verifies, and flips the version; a text says why the host is torn instead.
+    def after(self, subset: Manifest, base: Digest) -> Manifest:
+        """What the parameters will hold when a subset was written over `base`.
 
-        paused: called inside the pause, before the first byte. DeadlineExceeded before that if no pause can be had.
+        ManifestError if they hold anything else, or have not all of its tensors.
         """
-        with self._serving.paused():
-            began = self._clock()
-            paused()
-            done = self._overwrite(update)
-        pause_s = self._clock() - began
-        return done if isinstance(done, str) else Written(pause_s=pause_s, copy_s=done[0], verify_s=done[1])
+        if self.version is None or self.version.digest != base:
+            serves = "nothing, and heals only by a full update" if self.version is None else str(self.version)
+            raise ManifestError(f"the subset builds on content {base}, and this host serves {serves}")
+        if self._manifest is None:
+            loaded = Manifest(self._placement.catalogue, self._placement.live())
+            if loaded.digest != base:
+                raise ManifestError(f"the parameters have digest {loaded.digest}, and {self.version} is served")
+            self._manifest = loaded
+        return self._manifest.patched(subset)
+
+    def overwriting(self, update: StagedUpdate) -> "Overwriting":
+        """A commit of `update`, to be entered as a context."""
+        return Overwriting(self, update, self._serving, self._clock)
 
     def stop(self, reason: str) -> None:
         """Serves nothing until a complete commit, though nothing was written."""
         self.version = None
         self._serving.torn(reason)
 
-    def _overwrite(self, update: StagedUpdate) -> tuple[float, float] | str:
-        """Seconds of the copy and of verifying it. However this is left, the version is the content's or None."""
-        reason = "the commit was interrupted"
-        self.version = None
+    def hold(self, update: StagedUpdate) -> None:
+        """The parameters were verified to hold `update`."""
+        self._manifest = update.content
+        if update.offer.base is None:
+            self._placement = update.placement
+        elif update.content.catalogue is not self._placement.catalogue:
+            self._placement = Placement(update.content.catalogue, self._layout, self._parameters)
+        self.version = update.version
+
+
+class Overwriting(AbstractContextManager["Overwriting"]):
+    """A commit on its way: a pause, bytes, a verdict. However it is left, the version is the content's or None.
+
+    Entering waits for the pause (DeadlineExceeded: nothing was written). Left before `open`, nothing has happened; left
+    after it without `verified`, the host is torn.
+    """
+
+    def __init__(self, hosted: Hosted, update: StagedUpdate, serving: Serving, clock: Callable[[], float]) -> None:
+        self._hosted = hosted
+        self._update = update
+        self._serving = serving
+        self._clock = clock
+        self._pause = serving.paused()
+        self._began = self._opened = self._copied = 0.0
+        self.is_open = False
+        """The first byte is or was about to be written."""
+        self.reason = "the commit was interrupted"
+        """Why the host is torn, if it is."""
+        self.written: Written | None = None
+        """After it was left, verified."""
+        self._verified_at: float | None = None
+
+    def __enter__(self) -> Self:
+        self._pause.__enter__()
+        self._began = self._clock()
+        return self
+
+    def open(self) -> None:
+        """Bytes follow: the parameters hold no version from here on."""
+        settled(self._update.placement.device)  # whatever the engine has launched reads the old weights
+        self.is_open = True
+        self._hosted.version = None
+        self._opened = self._clock()
+
+    def write(self) -> bool:
+        """Copies what is staged, or was delivered, and verifies the live parameters; False if they do not hold the
+        update, with the reason.
+        """
         try:
-            begun = self._clock()
-            update.write(self._parameters)
-            copied = self._clock()
-            faults = list(update.live_faults(self._parameters))
-            verified = self._clock()
+            self._update.payload.write()
+            settled(self._update.placement.device)
+            self._copied = self._clock()
+            faults = self._update.live_faults()
             if faults:
-                reason = "\n  ".join(["the parameters do not hold the update after its copy:", *faults])
-            else:
-                self._serving.committed(update.version)
-                self._wire_dtypes = {entry.name: entry.dtype for entry in update.offer.manifest.entries}
-                self.version = update.version
-                return copied - begun, verified - copied
+                self.reason = "\n  ".join(["the parameters do not hold the update after its copy:", *faults])
+                return False
+            self._verified_at = self._clock()
+            self._serving.committed(self._update.version)
+            self._hosted.hold(self._update)
         except (RuntimeError, OSError, WeightsError) as error:
-            reason = f"the commit failed: {error}"
+            self.reason = f"the commit failed: {error}"
+        return self._hosted.version is not None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.is_open and self._hosted.version is None:
+                self._serving.torn(self.reason)
         finally:
-            if self.version is None:
-                self._serving.torn(reason)
-        return reason
+            self._pause.__exit__(kind, error, trace)
+        if self._verified_at is not None and self._hosted.version is not None:
+            self.written = Written(
+                pause_s=self._clock() - self._began,
+                copy_s=self._copied - self._opened,
+                verify_s=self._verified_at - self._copied,
+            )

@@ -4,9 +4,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from weights.cargo import Segment
 from weights.errors import DeadlineExceeded, MessageError, TransportError, UpdateAborted
 from weights.messages import PROTOCOL, Hello, Refused, Reply, Request, Welcome
-from weights.transports.seam import Link, Segment, Transport
+from weights.transports.seam import Link, Transport
 
 PARTING_S = 1.0
 """Seconds that a host which failed a call is given to answer a last one."""
@@ -60,11 +61,16 @@ class Links:
         return welcomes
 
     def call(
-        self, build: Callable[[int], Request], segment: Segment | None = None
+        self,
+        build: Callable[[int], Request],
+        segment: Segment | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[dict[str, Reply], dict[str, str]]:
         """Sends every host the request that `build` makes of a sequence number, then collects replies.
 
-        Returns the replies, and for the hosts that gave none the reason. It always hears all of them out.
+        meanwhile: the learner's own share of it, once all requests are sent; if it fails with a TransportError, that
+        is put down to every host. Returns the replies, and for the hosts that gave none the reason. It always hears
+        all of them out.
         """
         self._sequence += 1
         request = build(self._sequence)
@@ -75,6 +81,12 @@ class Links:
                 link.send(request, segment, self._patience_s(host))
             except (TransportError, MessageError) as error:
                 faults[host] = str(error)
+        broken = None
+        if meanwhile is not None and not faults:
+            try:
+                meanwhile()
+            except TransportError as error:
+                broken = str(error)
         sent = time.monotonic()
         for host, link in self._links.items():
             if host in faults:
@@ -86,7 +98,14 @@ class Links:
             except (TransportError, MessageError) as error:
                 faults[host] = str(error)
         self._doubtful = set(faults)
+        if broken is not None:
+            faults |= {host: f"{broken}; it answers {_brief(reply)}" for host, reply in replies.items()}
         return replies, faults
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Those that are connected."""
+        return tuple(self._links)
 
     def part(self, host: str) -> None:
         """Ends the connection to a host, if there is one; the host notices and settles."""
@@ -120,6 +139,10 @@ class Links:
         hello = Hello(sequence=self._sequence, protocol=PROTOCOL, publisher=self._publisher)
         link.send(hello, None, self._deadline_s)
         return link.receive(hello.sequence, self._deadline_s)
+
+
+def _brief(reply: Reply) -> str:
+    return reply.reason if isinstance(reply, Refused) else type(reply).__name__
 
 
 def _misfits(welcomes: dict[str, Welcome]) -> dict[str, str]:

@@ -1,19 +1,27 @@
 """What the publisher, the hosts and their siblings say to each other; `codec.py` has the frames it travels in.
 
-publisher -> host    Hello   Offer    Stage   Vote   Commit     Abort           sibling -> host   Ask
-host -> publisher    Welcome Offered  Staged  Voted  Committed  Aborted         host -> sibling   Answer
+publisher -> host    Hello   Join   Offer   Stage  Vote  Commit            Abort   sibling -> host   Ask
+host -> publisher    Welcome Joined Offered Staged Voted Committed         Aborted host -> sibling   Answer
                      Refused: to any of them
+
+Where the bytes come only after the votes (Delivery.STREAM), a commit is three requests:
+
+publisher -> host    Commit  Deliver, bucket after bucket  Finish
+host -> publisher    Begun   Delivered                     Committed
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from weights.catalogue import Catalogue
+from weights.delivery import Delivery
 from weights.digest import Digest
-from weights.manifest import Manifest
+from weights.digests import Digests
+from weights.lease import Lease, SlotTerms, WireTerms
 from weights.state import Intent, Outcome, State
 from weights.version import WeightVersion
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Both ends must speak the same; it changes with any message, with the digest, and with the packing of buckets."""
 
 
@@ -43,17 +51,39 @@ class Offer(Message):
     step: int
     base: Digest | None
     """The content that a subset update builds on; None for a full one."""
+    delivery: Delivery
+    """How its bytes come."""
     bucket_bytes: int
-    """With the manifest's order, this gives the buckets: both ends run `bucket.pack`."""
-    manifest: Manifest
+    """With the catalogue's order, this gives the buckets: both ends run `bucket.pack`."""
+    catalogue: str
+    """`Catalogue.id` of its tensors."""
+    tensors: Catalogue | None
+    """They themselves; None for a catalogue that every host has said it knows."""
+    digests: Digests
+    """Of the tensors, in the catalogue's order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage(Message):
-    """A bucket's segment, which travels beside the frame."""
+    """Some of an update's bytes: a bucket's segment, which travels beside the frame; a bucket that comes over the
+    wire as soon as the host waits for it; or the learner's lease, which is all of them."""
 
     update: str
     bucket: int
+    lease: str = ""
+    """`Lease.id`; empty where the bytes are not leased."""
+    terms: Lease | None = None
+    """The lease itself; None for one that every host has said it holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Join(Message):
+    """Opens the way that buckets take, for this and later updates: a wire that all hosts and the learner are on, or
+    two buckets in the learner's device memory."""
+
+    wire: WireTerms | None
+    slots: SlotTerms | None
+    """One of the two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +95,30 @@ class Vote(Message):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commit(Message):
-    """Every host has voted: write."""
+    """Every host has voted: write; where the bytes are still to come, pause and wait for them."""
+
+    update: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deliver(Message):
+    """A bucket of a streamed update is on its way, or lies in its slot: write it. From the first on there is no way
+    back."""
+
+    update: str
+    bucket: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finish(Message):
+    """All buckets of a streamed update were delivered: verify, and serve it."""
 
     update: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Abort(Message):
-    """Forget this update. Never sent once a Commit of it was."""
+    """Forget this update. Never sent once a Commit of it was; of a streamed one, once a Deliver was."""
 
     update: str
     reason: str
@@ -100,6 +146,19 @@ class Welcome(Message):
     """`HostedLayout.digest`."""
     tied: Mapping[str, str]
     """Wire names that the host does not want, each with the one that hosts its content."""
+    catalogue: str
+    """The last one that this publisher's connection offered; empty without one."""
+    lease: str
+    """The one that the host holds open; empty without one."""
+    way: str
+    """The name of the wire or the slots that it has joined and that still work; empty without one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joined(Message):
+    """To Join: the way is open."""
+
+    way: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +166,10 @@ class Offered(Message):
     """To Offer: it fits."""
 
     update: str
-    buckets: int
+    stages: int
+    """How many Stage requests it takes before the vote."""
+    content: Digest
+    """What the host holds after the commit; of a full update, the sum of the digests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,12 +186,27 @@ class Voted(Message):
 
     update: str
     digest: Digest
-    """Of the bytes that the host holds."""
+    """Of the bytes that the host holds or reads; of a streamed update, of those that it waits for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun(Message):
+    """To Commit of a streamed update: no step runs, and nothing is written yet."""
+
+    update: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivered(Message):
+    """To Deliver: the bucket is here, and its slot is free."""
+
+    update: str
+    bucket: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed(Message):
-    """To Commit: the new version serves."""
+    """To Commit, or to Finish: the new version serves."""
 
     update: str
     version: WeightVersion
@@ -167,13 +244,13 @@ class Refused(Message):
     reason: str
 
 
-Request = Hello | Offer | Stage | Vote | Commit | Abort | Ask
-Reply = Welcome | Offered | Staged | Voted | Committed | Aborted | Answer | Refused
+Request = Hello | Join | Offer | Stage | Vote | Commit | Deliver | Finish | Abort | Ask
+Reply = Welcome | Joined | Offered | Staged | Voted | Begun | Delivered | Committed | Aborted | Answer | Refused
 
 KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
-        *(Hello, Offer, Stage, Vote, Commit, Abort, Ask),
-        *(Welcome, Offered, Staged, Voted, Committed, Aborted, Answer, Refused),
+        *(Hello, Join, Offer, Stage, Vote, Commit, Deliver, Finish, Abort, Ask),
+        *(Welcome, Joined, Offered, Staged, Voted, Begun, Delivered, Committed, Aborted, Answer, Refused),
     )
 }

@@ -43,6 +43,13 @@ class HostedSlice:
     dtype: torch.dtype
     """The hosted dtype."""
 
+    def offset(self, shape: Sequence[int]) -> int:
+        """Its first element in a parameter of this shape."""
+        start = 0
+        for dimension, index in enumerate(self.index):
+            start += index * prod(shape[dimension + 1 :])
+        return start + self.start * prod(shape[len(self.index) + 1 :])
+
     def view(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The block itself, no copy: contiguous if the parameter is."""
         block = parameters[self.parameter].detach()[self.index]
@@ -225,10 +232,7 @@ class HostedLayout(Mapping[str, HostedSlice]):
 
 def _span(where: HostedSlice, shape: tuple[int, ...]) -> tuple[int, int]:
     """The elements of a parameter of this shape that a slice takes, as [first, last + 1)."""
-    start = 0
-    for dimension, index in enumerate(where.index):
-        start += index * prod(shape[dimension + 1 :])
-    start += where.start * prod(shape[len(where.index) + 1 :])
+    start = where.offset(shape)
     return start, start + prod(where.shape)
 
 
@@ -248,7 +252,8 @@ def to_wire(named_tensors: Iterable[tuple[str, Tensor]], *, keep_tied: bool = Fa
     for name, tensor in named_tensors:
         if hasattr(tensor, "full_tensor"):
             raise ValueError(
-                f"{name} is sharded (a DTensor): gather it with full_tensor() on every rank, publish from one"
+                f"{name} is sharded (a DTensor): publish gathered(module) on one rank of the learner and call "
+                f"take_part(module) on every other, both of weights.sharded"
             )
         tensor = tensor.detach()
         if not keep_tied and tensor.numel():

@@ -3,11 +3,13 @@
 The life of a publish:
 
 1. Greet every host of the roster; connect to those that are new.
-2. Gather: each tensor is copied once into a segment, as contiguous wire bytes, and hashed there.
+2. Load: each tensor is hashed, where it is or in a segment to which it is copied. What the transport does here is its
+   `Loader`'s; how the bytes come to the hosts is the cargo's `Delivery`.
 3. Offer the manifest to all; each plans it whole.
-4. Stage bucket after bucket with all; each maps it and hashes what it maps.
-5. Vote: each says that it holds the manifest's bytes. Any fault up to here aborts the update everywhere.
-6. Commit on all. From here on the update may only end committed.
+4. Stage part after part with all; each opens it and hashes what it reads.
+5. Vote: each says that it holds, or can read, the manifest's bytes. Any fault up to here aborts the update everywhere.
+6. Commit on all. From here on the update may only end committed. Where bytes come only now, hosts pause first, and the
+   first bucket is the point of no return.
 
 Requests go to all hosts before the first reply is awaited, so that hosts work side by side.
 """
@@ -22,15 +24,23 @@ from types import TracebackType
 from typing import Self
 
 from weights.bucket import DEFAULT_BUCKET_BYTES, check_bucket_bytes
+from weights.cargo import Cargo, Segment
+from weights.delivery import Delivery
 from weights.digest import ZERO, Digest
 from weights.errors import CommitIncomplete, UpdateAborted
-from weights.gather import Gathered, SegmentPool, Source, gather
+from weights.lease import SlotTerms, WireTerms
 from weights.links import Links, blame
 from weights.messages import (
     Abort,
     Aborted,
+    Begun,
     Commit,
     Committed,
+    Deliver,
+    Delivered,
+    Finish,
+    Join,
+    Joined,
     Offer,
     Offered,
     Refused,
@@ -40,12 +50,14 @@ from weights.messages import (
     Staged,
     Vote,
     Voted,
+    Welcome,
 )
 from weights.rendezvous import DEFAULT_DEADLINE_S, Roster
 from weights.report import HostTimes, PublishReport
+from weights.source import Source
 from weights.state import State
-from weights.transports.seam import Segment, Transport
-from weights.transports.shared_memory import SharedMemoryTransport
+from weights.transports.by_roster import transport_of
+from weights.transports.seam import Transport
 from weights.version import WeightVersion
 
 
@@ -71,9 +83,8 @@ class Publisher:
             raise ValueError(f"a deadline is positive, got {deadline_s} s")
         self.run = f"run-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}" if run is None else run
         WeightVersion(run=self.run, step=0, digest=ZERO)  # refuses a run that no version may have
-        self._bucket_bytes = bucket_bytes
         self._clock = clock
-        self._pool = SegmentPool(transport, bucket_bytes)
+        self._loader = transport.loader(bucket_bytes)
         self._links = Links(
             transport, publisher=f"{self.run} (process {os.getpid()} on {socket.gethostname()})", deadline_s=deadline_s
         )
@@ -87,7 +98,7 @@ class Publisher:
         """
         roster = Roster.read(name)
         publisher = cls(
-            SharedMemoryTransport(name),
+            transport_of(roster),
             run=run,
             deadline_s=roster.deadline_s if deadline_s is None else deadline_s,
             bucket_bytes=roster.bucket_bytes,
@@ -104,45 +115,46 @@ class Publisher:
     ) -> PublishReport:
         """Brings all hosts to `source` as `WeightVersion(run, step, digest of the content)`.
 
-        digest: what the content's must be, where `source` may change while it is read.
+        base: `source` is a subset of the tensors, to be written over the content of this digest; every host must serve
+        that. digest: what the whole content's must be, where `source` may change while it is read.
 
         UpdateAborted: nothing was committed anywhere; names every host at fault. CommitIncomplete: the commit was
         sent and not every host confirmed; names those that did, those torn, and those unknown. ValueError for a
         source that cannot be sent.
         """
-        if base is not None:
-            raise ValueError(f"subset updates (here on base {base}) are not supported yet; publish all tensors")
         WeightVersion(run=self.run, step=step, digest=ZERO)  # refuses a step that no version may have
+        try:
+            return self._publish(source, step, base, digest)
+        finally:
+            self._loader.unload()
+
+    def _publish(self, source: Source, step: int, base: Digest | None, digest: Digest | None) -> PublishReport:
         marks = [self._clock()]
         welcomes = self._links.greet()
         marks.append(self._clock())
         tied = {alias: name for welcome in welcomes.values() for alias, name in welcome.tied.items()}
-        gathered = gather(source, tied, self._pool, self._bucket_bytes)
+        cargo = self._loader.load(source, tied)
         marks.append(self._clock())
-        version = WeightVersion(run=self.run, step=step, digest=gathered.manifest.digest)
-        if digest is not None and version.digest != digest:
-            raise UpdateAborted(
-                f"the source has digest {version.digest}, expected {digest}: it changed while it was read", {}
-            )
         update = uuid.uuid4().hex
+        self._join(cargo, welcomes)
         agreed = False
         try:
-            self._offer(update, version, gathered)
+            version = self._offer(update, step, base, digest, cargo, welcomes)
             marks.append(self._clock())
-            self._stage(update, gathered.segments)
+            self._stage(update, cargo, welcomes)
             marks.append(self._clock())
-            self._vote(update, version)
+            self._vote(update, cargo.manifest.digest)
             marks.append(self._clock())
             agreed = True
         finally:
             if not agreed:
                 self._call_off(update)
-        committed = self._commit(update, version)
+        committed = self._commit(update, version, cargo)
         marks.append(self._clock())
         greet_s, gather_s, offer_s, stage_s, vote_s, commit_s = (b - a for a, b in pairwise(marks))
         return PublishReport(
             version=version,
-            bytes=gathered.manifest.bytes,
+            bytes=cargo.manifest.bytes,
             seconds=marks[-1] - marks[0],
             phases={
                 "gather": gather_s,
@@ -160,7 +172,7 @@ class Publisher:
     def close(self) -> None:
         """Leaves the fleet: another publisher may connect. Segments that hosts still map live on with them."""
         self._links.close()
-        self._pool.drop()
+        self._loader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -170,37 +182,93 @@ class Publisher:
     ) -> None:
         self.close()
 
-    def _offer(self, update: str, version: WeightVersion, gathered: Gathered) -> None:
+    def _join(self, cargo: Cargo, welcomes: dict[str, Welcome]) -> None:
+        """Brings all hosts to where the cargo's buckets come, unless they are there."""
+        way = cargo.way(tuple(welcomes))
+        if way is None or all(welcome.way == way.name for welcome in welcomes.values()):
+            return
+        self._agree(
+            "prepared (joining the way of its buckets)",
+            lambda sequence: Join(
+                sequence=sequence,
+                wire=way if isinstance(way, WireTerms) else None,
+                slots=way if isinstance(way, SlotTerms) else None,
+            ),
+            lambda reply: isinstance(reply, Joined) and reply.way == way.name,
+            meanwhile=cargo.meet,
+        )
+
+    def _offer(
+        self,
+        update: str,
+        step: int,
+        base: Digest | None,
+        digest: Digest | None,
+        cargo: Cargo,
+        welcomes: dict[str, Welcome],
+    ) -> WeightVersion:
+        """The version that all hosts will serve: they say what they will hold, and must agree."""
+        manifest = cargo.manifest
+        is_known = all(welcome.catalogue == manifest.catalogue.id for welcome in welcomes.values())
+
         def offer(sequence: int) -> Request:
             return Offer(
                 sequence=sequence,
                 update=update,
-                run=version.run,
-                step=version.step,
-                base=None,
-                bucket_bytes=self._bucket_bytes,
-                manifest=gathered.manifest,
+                run=self.run,
+                step=step,
+                base=base,
+                delivery=cargo.delivery,
+                bucket_bytes=cargo.bucket_bytes,
+                catalogue=manifest.catalogue.id,
+                tensors=None if is_known else manifest.catalogue,
+                digests=manifest.digests,
             )
 
-        buckets = len(gathered.segments)
-        self._agree("offered", offer, lambda reply: isinstance(reply, Offered) and reply.buckets == buckets)
+        def fits(reply: Reply) -> bool:
+            return (
+                isinstance(reply, Offered)
+                and reply.stages == cargo.stages
+                and (base is not None or reply.content == manifest.digest)
+            )
 
-    def _stage(self, update: str, segments: tuple[Segment, ...]) -> None:
-        for bucket, segment in enumerate(segments):
+        replies = self._agree("offered", offer, fits)
+        contents = {reply.content for reply in replies.values() if isinstance(reply, Offered)}
+        if len(contents) != 1:
+            raise UpdateAborted(f"the hosts would hold different contents: {', '.join(map(str, contents))}", {})
+        content = contents.pop()
+        if digest is not None and content != digest:
+            raise UpdateAborted(f"the source has digest {content}, expected {digest}: it changed while it was read", {})
+        return WeightVersion(run=self.run, step=step, digest=content)
 
-            def stage(sequence: int, bucket: int = bucket) -> Request:
-                return Stage(sequence=sequence, update=update, bucket=bucket)
+    def _stage(self, update: str, cargo: Cargo, welcomes: dict[str, Welcome]) -> None:
+        lease = cargo.lease
+        is_held = lease is not None and all(welcome.lease == lease.id for welcome in welcomes.values())
+        for part in range(cargo.stages):
 
-            def staged(reply: Reply, bucket: int = bucket) -> bool:
-                return isinstance(reply, Staged) and reply.bucket == bucket
+            def stage(sequence: int, part: int = part) -> Request:
+                return Stage(
+                    sequence=sequence,
+                    update=update,
+                    bucket=part,
+                    lease="" if lease is None else lease.id,
+                    terms=None if is_held else lease,
+                )
 
-            self._agree(f"staged (bucket {bucket} of {len(segments)})", stage, staged, segment)
+            def staged(reply: Reply, part: int = part) -> bool:
+                return isinstance(reply, Staged) and reply.bucket == part
 
-    def _vote(self, update: str, version: WeightVersion) -> None:
+            def transmit(part: int = part) -> None:
+                cargo.transmit(part)
+
+            cargo.prepare(part)
+            self._agree(f"staged (part {part} of {cargo.stages})", stage, staged, cargo.segment(part), transmit)
+
+    def _vote(self, update: str, digest: Digest) -> None:
         self._agree(
             "voted for",
             lambda sequence: Vote(sequence=sequence, update=update),
-            lambda reply: isinstance(reply, Voted) and reply.digest == version.digest,
+            lambda reply: isinstance(reply, Voted) and reply.digest == digest,
         )
 
     def _agree(
@@ -209,9 +277,10 @@ class Publisher:
         build: Callable[[int], Request],
         accepts: Callable[[Reply], bool],
         segment: Segment | None = None,
-    ) -> None:
+        meanwhile: Callable[[], None] | None = None,
+    ) -> dict[str, Reply]:
         """Calls every host; UpdateAborted unless each gives the reply that `accepts` wants."""
-        replies, faults = self._links.call(build, segment)
+        replies, faults = self._links.call(build, segment, meanwhile)
         for host, reply in replies.items():
             if isinstance(reply, Refused):
                 faults[host] = reply.reason
@@ -220,6 +289,7 @@ class Publisher:
         if faults:
             text = f"the update could not be {what} on every host; all keep what they serve"
             raise UpdateAborted(blame(text, faults), faults)
+        return replies
 
     def _call_off(self, update: str) -> None:
         """Tells every host that the update is off.
@@ -233,16 +303,65 @@ class Publisher:
         for host in unsure:
             self._links.part(host)
         if unsure:
-            self._pool.drop()
+            self._loader.doubt()
 
-    def _commit(self, update: str, version: WeightVersion) -> dict[str, Committed]:
+    def _commit(self, update: str, version: WeightVersion, cargo: Cargo) -> dict[str, Committed]:
         """Point of no return: an update that one host may have committed is never called off."""
+        if cargo.delivery is Delivery.STREAM:
+            begun = False
+            try:
+                self._agree(
+                    "begun", lambda sequence: Commit(sequence=sequence, update=update), lambda r: isinstance(r, Begun)
+                )
+                cargo.prepare(0)
+                begun = True
+            finally:
+                if not begun:
+                    self._call_off(update)  # all are paused at most: nothing is written before the first bucket
+            self._deliver(update, version, cargo)
+            return self._end(version, lambda sequence: Finish(sequence=sequence, update=update), update)
+        return self._end(version, lambda sequence: Commit(sequence=sequence, update=update), update, may_call_off=True)
+
+    def _deliver(self, update: str, version: WeightVersion, cargo: Cargo) -> None:
+        """Brings every bucket to every host. CommitIncomplete where one does not take it: all are torn then."""
+        for bucket in range(cargo.buckets):
+
+            def deliver(sequence: int, bucket: int = bucket) -> Request:
+                return Deliver(sequence=sequence, update=update, bucket=bucket)
+
+            def transmit(bucket: int = bucket) -> None:
+                cargo.transmit(bucket)
+                if bucket + 1 < cargo.buckets:
+                    cargo.prepare(bucket + 1)  # in another slot, while the hosts write this one
+
+            replies, faults = self._links.call(deliver, meanwhile=transmit)
+            for host, reply in replies.items():
+                if isinstance(reply, Refused):
+                    faults[host] = reply.reason
+                elif not isinstance(reply, Delivered) or reply.bucket != bucket:
+                    faults[host] = f"answered {reply!r:.200}"
+            if faults:
+                hosts = self._links.hosts
+                for host in hosts:
+                    self._links.part(host)  # each notices, and is torn: some of the update is written
+                self._loader.doubt()
+                torn = {host: faults.get(host, "the update ended half-way, at another host's fault") for host in hosts}
+                text = (
+                    f"the commit of {version} ended at bucket {bucket} of {cargo.buckets}: no host serves until a "
+                    "complete commit. Publish again"
+                )
+                raise CommitIncomplete(blame(text, torn), (), torn, {})
+
+    def _end(
+        self, version: WeightVersion, build: Callable[[int], Request], update: str, *, may_call_off: bool = False
+    ) -> dict[str, Committed]:
+        """The last request of a commit, to all."""
         committed: dict[str, Committed] = {}
         torn: dict[str, str] = {}
         refused: dict[str, str] = {}
         heard = False
         try:
-            replies, unknown = self._links.call(lambda sequence: Commit(sequence=sequence, update=update))
+            replies, unknown = self._links.call(build)
             for host, reply in replies.items():
                 if isinstance(reply, Committed) and reply.version == version:
                     committed[host] = reply
@@ -255,8 +374,8 @@ class Publisher:
             heard = not unknown and not refused
         finally:
             if not heard:
-                self._pool.drop()  # hosts that settle by committing still read them
-        if refused and not (committed or torn or unknown):
+                self._loader.doubt()  # hosts that settle by committing still read it
+        if may_call_off and refused and not (committed or torn or unknown):
             self._call_off(update)
             raise UpdateAborted(blame("no host committed the update; all keep what they serve", refused), refused)
         for host in [*refused, *unknown]:

@@ -1,12 +1,15 @@
-"""Receiver: the host's end of a weight update, and what it answers to whom. It does no I/O.
+"""Receiver: the host's end of a weight update, and what it answers to whom.
 
 It is a state machine: `state.py` draws it, `course.py` holds where it stands. The life of an update:
 
 1. Offer: the whole manifest is planned against the hosted layout. Nothing is taken on faith and nothing is written.
-2. Stage, bucket after bucket: its segment is kept and its blocks are hashed, while requests run.
+2. Stage, part after part: it is kept, or opened where the learner has it, and hashed, while requests run.
 3. Vote: the host says yes only when every byte is here and every digest is the manifest's.
 4. Commit: requests pause, parameters are overwritten in place, and the *live* parameters are hashed. Only if they are
    the manifest's does the version flip. Anything else leaves the host torn: it serves nothing until a complete commit.
+
+A streamed update (`delivery.py`) stages nothing: its commit is Commit, which pauses, Deliver for each bucket, which
+writes it, and Finish, which verifies.
 
 A publisher that dies or falls silent before the vote is forgotten. One that does so after the vote may have told a
 sibling to commit, so the host settles with its siblings: `settlement.py` has the rule.
@@ -22,16 +25,24 @@ from torch import Tensor
 
 from weights.course import Course
 from weights.digest import Digest
-from weights.errors import ManifestError
+from weights.errors import ManifestError, WeightsError
 from weights.hosted import Hosted
+from weights.known import Known
+from weights.manifest import Manifest
 from weights.messages import (
     PROTOCOL,
     Abort,
     Aborted,
     Answer,
     Ask,
+    Begun,
     Commit,
+    Deliver,
+    Delivered,
+    Finish,
     Hello,
+    Join,
+    Joined,
     Offer,
     Offered,
     Refused,
@@ -44,6 +55,8 @@ from weights.messages import (
     Welcome,
 )
 from weights.naming import HostedLayout
+from weights.payload import LeasePayload, StreamPayload
+from weights.reach import NoReach, Reach
 from weights.rendezvous import DEFAULT_SILENCE_S
 from weights.serving import Serving
 from weights.settlement import Settlement, Siblings, settle
@@ -64,11 +77,13 @@ class Receiver:
         serving: Serving,
         version: WeightVersion | None,
         wire_dtypes: Mapping[str, torch.dtype] | None = None,
+        reach: Reach | None = None,
         silence_s: float = DEFAULT_SILENCE_S,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         """version: of what `parameters` hold now; None if that is not to be served: the host begins like a torn one.
+        reach: how it opens what a learner names; left out, it opens nothing.
         silence_s: how long an update may hear nothing from its publisher, and how long settling it may take then.
 
         ValueError if the parameters are not the layout's, or not contiguous.
@@ -89,6 +104,7 @@ class Receiver:
         self._wait = wait
         self._lock = threading.RLock()
         self._course = Course(self._hosted)
+        self._known = Known(host, layout, parameters, NoReach() if reach is None else reach)
         self._heard_at = clock()
 
     @property
@@ -131,6 +147,8 @@ class Receiver:
             match request:
                 case Hello():
                     return self._welcome(request)
+                case Join():
+                    return self._join(request)
                 case Offer():
                     return self._offer(request)
                 case Stage():
@@ -139,20 +157,29 @@ class Receiver:
                     return self._vote(request)
                 case Commit():
                     return self._commit(request)
+                case Deliver():
+                    return self._deliver(request)
+                case Finish():
+                    return self._finish(request)
                 case Abort():
                     return self._abort(request)
                 case Ask():
                     return self._answer(request)
 
     def lost(self) -> bool:
-        """The publisher's connection ended.
+        """The publisher's connection ended, or it fell silent.
 
-        An update without a vote is forgotten; returns whether one with a vote waits for `settle`.
+        An update without a vote is forgotten, and one that was being delivered leaves the host torn; returns whether
+        one with a vote waits for `settle`. Whatever was leased or joined is let go, apart from that one's.
         """
         with self._lock:
+            self._course.interrupt("the publisher was lost while it delivered the update")
             if self._course.state is State.OFFERED:
                 self._course.forget()
-            return self._course.state is State.STAGED
+            waits = self._course.state is State.STAGED
+            if not waits:
+                self._known.forget_learner()
+            return waits
 
     def settle(self, siblings: Siblings) -> Settlement | None:
         """Ends the update of a publisher that is gone or silent; None if there is none.
@@ -167,7 +194,10 @@ class Receiver:
                 return self.call_off(update, "its publisher was lost before the vote")
             self._course.held = True  # a Commit that still comes is refused: siblings may be told to abort
         # Without the lock: two hosts that settle at once ask each other.
-        return settle(self, update, siblings, within_s=self._silence_s, clock=self._clock, wait=self._wait)
+        settlement = settle(self, update, siblings, within_s=self._silence_s, clock=self._clock, wait=self._wait)
+        with self._lock:
+            self._known.forget_learner()
+        return settlement
 
     # What settling decides (settlement.Voter).
 
@@ -175,6 +205,8 @@ class Receiver:
         """Commits because siblings did; a text says why it could not pause, and nothing was written."""
         with self._lock:
             staged = self._course.find(update)
+            if staged is not None and not staged.offer.delivery.outlives_the_learner:
+                return self.stop(update, Outcome.TORN, f"{reason}; the bytes of this update went with its learner")
             if staged is not None:
                 written = self._course.write(staged, sequence=0)
                 if isinstance(written, str):
@@ -211,7 +243,18 @@ class Receiver:
             version=self._hosted.version,
             layout=self.layout.digest,
             tied=self.layout.tied,
+            catalogue=self._known.catalogue,
+            lease=self._known.lease,
+            way=self._known.way,
         )
+
+    def _join(self, join: Join) -> Reply:
+        if self._course.update is not None:
+            return self._refuse(join, f"update {self._course.update.offer.update} is under way; it ends first")
+        try:
+            return Joined(sequence=join.sequence, way=self._known.join(join))
+        except (WeightsError, RuntimeError) as error:
+            return self._refuse(join, f"cannot join the learner's way for buckets: {error}")
 
     def _offer(self, offer: Offer) -> Reply:
         ended, under_way = self._course.outcomes.get(offer.update), self._course.update
@@ -219,20 +262,33 @@ class Receiver:
             return self._refuse(offer, f"update {offer.update} has ended here: {ended}")
         if under_way is not None:
             if replace(offer, sequence=under_way.offer.sequence) == under_way.offer:
-                return Offered(sequence=offer.sequence, update=offer.update, buckets=len(under_way.buckets))
+                return self._offered(offer, under_way)
             return self._refuse(offer, f"update {under_way.offer.update} is under way; it ends, or is settled, first")
-        if offer.base is not None:
-            return self._refuse(offer, f"takes full updates only, and this one builds on {offer.base}")
         try:
-            update = StagedUpdate(offer, self.layout)
-        except (ManifestError, ValueError) as error:
+            update = self._planned(offer)
+        except (ManifestError, ValueError, RuntimeError) as error:
             return self._refuse(offer, str(error))
         served = self._hosted.version
         if served is not None and served.run == offer.run and offer.step <= served.step and update.version != served:
             # The very version that serves is welcome: publishing it again is how a fleet that disagrees is healed.
             return self._refuse(offer, f"serves {served}; step {offer.step} of the same run is stale")
         self._course.begin(update)
-        return Offered(sequence=offer.sequence, update=offer.update, buckets=len(update.buckets))
+        return self._offered(offer, update)
+
+    def _planned(self, offer: Offer) -> StagedUpdate:
+        placement = self._known.placement(offer)
+        manifest = Manifest(placement.catalogue, offer.digests)
+        content = manifest if offer.base is None else self._hosted.after(manifest, offer.base)
+        payload = self._known.payload(offer, placement)
+        return StagedUpdate(offer, content=content, placement=placement, payload=payload)
+
+    def _offered(self, offer: Offer, update: StagedUpdate) -> Offered:
+        return Offered(
+            sequence=offer.sequence,
+            update=offer.update,
+            stages=update.payload.stages,
+            content=update.content.digest,
+        )
 
     def _stage(self, stage: Stage, segment: Tensor | None) -> Reply:
         update = self._course.find(stage.update)
@@ -240,12 +296,15 @@ class Receiver:
             return self._refuse_absent(stage)
         if self._course.state is State.OFFERED:
             try:
-                update.stage(stage.bucket, segment)
-            except ManifestError as error:
+                if isinstance(update.payload, LeasePayload):
+                    update.payload.read(self._known.opened(stage, update.placement))
+                else:
+                    update.payload.stage(stage.bucket, segment)
+            except (WeightsError, RuntimeError, OSError) as error:
                 self._course.forget()
                 return self._refuse(stage, str(error))
-        elif stage.bucket >= len(update.buckets):
-            return self._refuse(stage, f"bucket {stage.bucket} is none of the update's {len(update.buckets)}")
+        elif stage.bucket >= update.payload.stages:
+            return self._refuse(stage, f"bucket {stage.bucket} is none of the update's {update.payload.stages}")
         return Staged(sequence=stage.sequence, update=stage.update, bucket=stage.bucket)
 
     def _vote(self, vote: Vote) -> Reply:
@@ -253,12 +312,18 @@ class Receiver:
         if update is None:
             return self._refuse_absent(vote)
         if self._course.state is State.OFFERED:
-            faults = update.faults()
+            try:
+                faults = update.faults()
+                if not faults:
+                    update.payload.ready()
+                    update.placement.ready()
+            except (WeightsError, RuntimeError, OSError) as error:
+                faults = [str(error)]
             if faults:
                 self._course.forget()
                 return self._refuse(vote, "\n  ".join(["cannot vote for this update:", *faults]))
             self._course.vote()
-        return Voted(sequence=vote.sequence, update=vote.update, digest=update.digest)
+        return Voted(sequence=vote.sequence, update=vote.update, digest=update.offer.digests.total)
 
     def _commit(self, commit: Commit) -> Reply:
         committed = self._course.committed(commit.update, commit.sequence)
@@ -271,11 +336,51 @@ class Receiver:
             return self._refuse(commit, "has not voted for this update")
         if self._course.held:
             return self._refuse(commit, "is settling this update with its siblings: the commit comes too late")
+        if isinstance(update.payload, StreamPayload):
+            refusal = self._course.begin_writing(update)
+            if refusal is not None:
+                return self._refuse(commit, refusal)
+            return Begun(sequence=commit.sequence, update=commit.update)
         written = self._course.write(update, commit.sequence)
         return self._refuse(commit, written) if isinstance(written, str) else written
 
+    def _deliver(self, deliver: Deliver) -> Reply:
+        update = self._course.find(deliver.update)
+        if update is None:
+            return self._refuse_absent(deliver)
+        payload = update.payload
+        if not isinstance(payload, StreamPayload) or not self._course.is_paused:
+            return self._refuse(deliver, "has not begun to take deliveries of this update")
+        if self._course.held:
+            return self._refuse(deliver, "is settling this update with its siblings: the delivery comes too late")
+        if deliver.bucket > payload.delivered or deliver.bucket >= payload.buckets:
+            return self._refuse(deliver, f"bucket {payload.delivered} of {payload.buckets} is next")
+        if deliver.bucket == payload.delivered:
+            refusal = self._course.deliver(update, deliver.bucket)
+            if refusal is not None:
+                return self._refuse(deliver, refusal)
+        return Delivered(sequence=deliver.sequence, update=deliver.update, bucket=deliver.bucket)
+
+    def _finish(self, finish: Finish) -> Reply:
+        committed = self._course.committed(finish.update, finish.sequence)
+        if committed is not None:
+            return committed
+        update = self._course.find(finish.update)
+        if update is None:
+            return self._refuse_absent(finish)
+        payload = update.payload
+        if not isinstance(payload, StreamPayload) or not self._course.is_paused or payload.missing_buckets:
+            return self._refuse(finish, "has not taken every bucket of this update")
+        if self._course.held:
+            return self._refuse(finish, "is settling this update with its siblings: it comes too late")
+        written = self._course.finish_writing(update, finish.sequence)
+        return self._refuse(finish, written) if isinstance(written, str) else written
+
     def _abort(self, abort: Abort) -> Reply:
         if self._course.find(abort.update) is not None:
+            if self._course.state is State.COMMITTING:
+                self._course.interrupt(f"its publisher called the update off half-way: {abort.reason}")
+                return self._refuse_absent(abort)
             self._course.forget()
         elif self._course.outcomes.get(abort.update) in (Outcome.COMMITTED, Outcome.TORN):
             return self._refuse_absent(abort)
@@ -291,6 +396,8 @@ class Receiver:
             if self._course.find(ask.update) is None:
                 outcome = Outcome.UNKNOWN
                 self._course.outcomes.keep(ask.update, outcome)
+            elif self._course.state is State.COMMITTING:
+                outcome = Outcome.TORN  # it was told to commit, and some of it is written: whole, if at all, only later
             elif self._course.state is State.STAGED and ask.intent is Intent.HOLD:
                 self._course.held = True
                 outcome = Outcome.VOTED
@@ -299,11 +406,11 @@ class Receiver:
                 outcome = Outcome.ABORTED
         return Answer(sequence=ask.sequence, update=ask.update, host=self.host, outcome=outcome)
 
-    def _refuse_absent(self, request: Stage | Vote | Commit | Abort) -> Refused:
+    def _refuse_absent(self, request: Stage | Vote | Commit | Deliver | Finish | Abort) -> Refused:
         return self._refuse(request, self._course.absence(request.update))
 
     def _refuse(self, request: Request, reason: str) -> Refused:
-        update = "" if isinstance(request, Hello) else request.update
+        update = "" if isinstance(request, Hello | Join) else request.update
         return Refused(sequence=request.sequence, update=update, state=self._course.state, reason=reason)
 
     def _settled(self, update: str, reason: str) -> Settlement:

@@ -17,8 +17,10 @@ DEFAULT_DEADLINE_S = 60.0
 DEFAULT_SILENCE_S = 180.0
 ABANDONED_S = 60.0
 """Age at which a socket or a half-written roster that nobody uses is swept; a starting host's is younger."""
-TRANSPORTS = ("shared_memory",)
+TRANSPORTS = ("shared_memory", "cuda_ipc", "nccl")
 """Transports that a roster may name."""
+
+BACKENDS = ("nccl", "gloo")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un of Linux, less the final zero
@@ -86,6 +88,10 @@ class Roster:
     name: str
     transport: str
     hosts: tuple[RosterHost, ...]
+    backend: str = "nccl"
+    """Of the transport nccl: gloo where the hosts run on CPUs."""
+    shadow: bool = False
+    """Of the transport nccl: whether hosts keep a full second copy of an update before they vote."""
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     deadline_s: float = DEFAULT_DEADLINE_S
     """How long a host may take to answer one call of the publisher."""
@@ -104,6 +110,8 @@ class Roster:
             raise ValueError(f"host ids of a fleet differ, got {', '.join(ids)}")
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport is one of {', '.join(TRANSPORTS)}, got {self.transport!r:.100}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend is one of {', '.join(BACKENDS)}, got {self.backend!r:.100}")
         if not 0 < self.deadline_s < self.silence_s < float("inf"):
             raise ValueError(f"expected 0 < deadline_s < silence_s, got {self.deadline_s} and {self.silence_s}")
 
@@ -113,6 +121,8 @@ class Roster:
         plain = {
             "name": self.name,
             "transport": self.transport,
+            "backend": self.backend,
+            "shadow": self.shadow,
             "hosts": [[host.id, host.address] for host in self.hosts],
             "bucket_bytes": self.bucket_bytes,
             "deadline_s": self.deadline_s,
@@ -147,6 +157,8 @@ class Roster:
                 case {
                     "name": str(found),
                     "transport": str(transport),
+                    "backend": str(backend),
+                    "shadow": bool(shadow),
                     "hosts": [*hosts],
                     "bucket_bytes": int(bucket_bytes),
                     "deadline_s": int() | float() as deadline_s,
@@ -156,6 +168,8 @@ class Roster:
                     return cls(
                         name=found,
                         transport=transport,
+                        backend=backend,
+                        shadow=shadow,
                         hosts=tuple(_host(host) for host in hosts),
                         bucket_bytes=bucket_bytes,
                         deadline_s=deadline_s,

@@ -10,22 +10,23 @@ GOLDEN = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio, odd: the generator's step from one counter to the next."""
 
 _MASK = (1 << 64) - 1
-_FIRST = 0xBF58476D1CE4E5B9
-_SECOND = 0x94D049BB133111EB
+FIRST_FACTOR = 0xBF58476D1CE4E5B9
+SECOND_FACTOR = 0x94D049BB133111EB
+"""The odd factors of the finaliser."""
 
 
 def mix(value: int) -> int:
     """The finaliser of an integer mod 2^64."""
     value &= _MASK
-    value = ((value ^ (value >> 30)) * _FIRST) & _MASK
-    value = ((value ^ (value >> 27)) * _SECOND) & _MASK
+    value = ((value ^ (value >> 30)) * FIRST_FACTOR) & _MASK
+    value = ((value ^ (value >> 27)) * SECOND_FACTOR) & _MASK
     return value ^ (value >> 31)
 
 
 def mix_tensor(values: Tensor) -> Tensor:
     """The finaliser of every element of an int64 tensor."""
-    values = (values ^ logical_shift(values, 30)) * signed(_FIRST)
-    values = (values ^ logical_shift(values, 27)) * signed(_SECOND)
+    values = (values ^ logical_shift(values, 30)) * signed(FIRST_FACTOR)
+    values = (values ^ logical_shift(values, 27)) * signed(SECOND_FACTOR)
     return values ^ logical_shift(values, 31)
 
 

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from rollout.cli.terminal import amount
 from rollout.config import RolloutConfig
 from rollout.errors import ConfigError
+from rollout.machine_memory import available_bytes
 from rollout.model.spec import DecoderSpec
 from rollout.model.storage import parameter_shapes
 
@@ -62,16 +62,6 @@ def room(config: RolloutConfig, platform: str) -> Room:
         )
     free = min(torch.cuda.mem_get_info(device)[0] for device in range(count))
     return Room(bytes=free, hosts=min(config.hosts, per_gpu), where="on a GPU")
-
-
-def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that a new process can have: the machine's, or what a container's limit leaves of it."""
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    found = int(lines["MemAvailable"].split()[0]) << 10
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        found = min(found, int(limit.read_text()) - int(used.read_text()))
-    return max(found, 0)
 
 
 def refuse_shortage(config: RolloutConfig, need: HostMemory, found: Room) -> None:

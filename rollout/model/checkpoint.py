@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rollout.errors import RolloutError
 from rollout.model.spec import DecoderSpec
+from weights.disk.opened import OpenFolder
+from weights.disk.tensor_file import SAFETENSORS_DTYPES, StoredTensor, TensorFile
 from weights.dtypes import dtype_name, fits
+from weights.errors import FolderError
 from weights.naming import HostedLayout, HostedSlice
+from weights.parallel_reader import ParallelReader, Wanted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -66,37 +69,55 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a file is missing or broken, or tensors are missing, unknown, of a wrong shape, or of a dtype
-            that the hosted one does not widen exactly; nothing has been written then.
+            that the hosted one does not widen exactly; nothing has been written then. Or a file cannot be read to its
+            end.
     """
     folder = Path(folder)
     extra = tuple(f"model.layers.{len(spec.layers) + offset}." for offset in range(spec.extra_layers))
     with ExitStack() as stack:
-        where: dict[str, Any] = {}
+        where: dict[str, tuple[TensorFile, StoredTensor]] = {}
         faults: list[str] = []
         for path in _files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name in where:
-                    faults.append(f"{name}: stands in more than one file")
-                if not name.startswith(extra):
-                    where[name] = file
-        faults += _faults(where, layout)
+            file = _open(path, stack)
+            for stored in file.tensors:
+                if stored.name in where:
+                    faults.append(f"{stored.name}: stands in more than one file")
+                if not stored.name.startswith(extra):
+                    where[stored.name] = file, stored
+        faults += _faults({name: stored for name, (_, stored) in where.items()}, layout)
         if faults:
             raise CheckpointError(
                 f"{folder} does not hold the model that its config.json describes "
                 f"({spec.architecture}, {dtype_name(spec.dtype)}):\n  " + "\n  ".join(faults)
             )
-        for alias, name in layout.tied.items():
-            if alias in where and not torch.equal(where[alias].get_tensor(alias), where[name].get_tensor(name)):
-                raise CheckpointError(
-                    f"{folder}: {alias} differs from {name}, and config.json says tie_word_embeddings; set it to false"
-                )
-        for name, block in layout.state_dict(parameters):
-            block.copy_(where[name].get_tensor(name))
-        return {name: _SAFETENSORS_DTYPES[where[name].get_slice(name).get_dtype()] for name in layout}
+        try:
+            for alias, name in layout.tied.items():
+                if alias in where and not torch.equal(_read(*where[alias]), _read(*where[name])):
+                    raise CheckpointError(
+                        f"{folder}: {alias} differs from {name}, and config.json says tie_word_embeddings; "
+                        "set it to false"
+                    )
+            ParallelReader(next(iter(parameters.values())).device).read(
+                Wanted(where[name][0], where[name][1].start, where[name][1].dtype, block)
+                for name, block in layout.state_dict(parameters)
+            )
+        except FolderError as error:
+            raise CheckpointError(str(error)) from error
+        return {name: where[name][1].dtype for name in layout}
+
+
+def _open(path: Path, stack: ExitStack) -> TensorFile:
+    """Open as long as the stack is."""
+    try:
+        folder = stack.enter_context(OpenFolder(path.parent, follow_links=True))
+        return TensorFile(stack.enter_context(folder.open(path.name)), str(path))
+    except FolderError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {reason}") from error
+
+
+def _read(file: TensorFile, stored: StoredTensor) -> Tensor:
+    return file.read(stored)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -116,32 +137,30 @@ def _is_plain_name(file: object) -> bool:
     return isinstance(file, str) and Path(file).name == file
 
 
-def _faults(files: Mapping[str, Any], layout: HostedLayout) -> Iterable[str]:
+def _faults(found: Mapping[str, StoredTensor], layout: HostedLayout) -> Iterable[str]:
     """Everything that keeps these tensors from being hosted, a line each."""
     for name in layout:
-        if name not in files:
+        if name not in found:
             yield f"{name}: missing"
-    for name, file in files.items():
+    for name, stored in found.items():
         hosted = layout.get(layout.tied.get(name, name))
         if hosted is None:
             yield f"{name}: unknown, the model has no such tensor"
         else:
-            yield from _misfits(name, file.get_slice(name), hosted)
+            yield from _misfits(stored, hosted)
 
 
-def _misfits(name: str, found: Any, hosted: HostedSlice) -> Iterable[str]:
-    shape = tuple(found.get_shape())
-    if shape != hosted.shape:
-        yield f"{name}: shape {list(shape)}, expected {list(hosted.shape)}"
-    dtype = _SAFETENSORS_DTYPES.get(found.get_dtype())
-    if dtype is None or not fits(dtype, hosted.dtype):
+def _misfits(stored: StoredTensor, hosted: HostedSlice) -> Iterable[str]:
+    if stored.shape != hosted.shape:
+        yield f"{stored.name}: shape {list(stored.shape)}, expected {list(hosted.shape)}"
+    if not fits(stored.dtype, hosted.dtype):
         yield (
-            f"{name}: dtype {found.get_dtype()} cannot be hosted as {dtype_name(hosted.dtype)} without loss; "
-            "host the model in the checkpoint's dtype"
+            f"{stored.name}: dtype {_NAMES[stored.dtype]} cannot be hosted as {dtype_name(hosted.dtype)} "
+            "without loss; host the model in the checkpoint's dtype"
         )
 
 
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def _read_json(path: Path) -> Any:

@@ -11,12 +11,14 @@ from rollout.model.batch import KvCache
 from rollout.model.certification import Certification, certified
 from rollout.model.checkpoint import load_checkpoint, read_config
 from rollout.model.families import decoder_spec, hosted_layout
+from rollout.model.random_weights import fill_at_random
 from rollout.model.rehearsal import naming_what_fails, rehearse
 from rollout.model.router import Hosting
 from rollout.model.spec import DecoderSpec
 from rollout.model.storage import allocate
-from weights.digest import Digest, tensor_digest
+from weights.catalogue import Catalogue, TensorSpec
 from weights.naming import HostedLayout
+from weights.placement import Placement
 from weights.version import WeightVersion
 
 
@@ -35,13 +37,21 @@ class HostedModel:
     """What was found about the bits of its routers on this device."""
 
     @classmethod
-    def load(cls, folder: Path | str, *, hosting: Hosting | None = None, device: torch.device | str) -> "HostedModel":
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        hosting: Hosting | None = None,
+        device: torch.device | str,
+        at_random: bool = False,
+    ) -> "HostedModel":
         """Hosts a Hugging Face checkpoint folder.
 
         Args:
             folder: config.json and safetensors files.
             hosting: trainer, gate, dtype, platform; None takes the defaults. Its platform must be the device's.
             device: where the parameters live.
+            at_random: weights are drawn, and no safetensors files are read.
 
         Raises:
             ValueError: the config describes what is not supported, all offending keys are named; or an operation of the
@@ -58,7 +68,11 @@ class HostedModel:
         spec = certification.spec
         parameters = allocate(spec, device)
         layout = hosted_layout(spec, parameters)
-        wire_dtypes = load_checkpoint(folder, spec, layout, parameters)
+        if at_random:
+            fill_at_random(parameters)
+            wire_dtypes = {name: where.dtype for name, where in layout.items()}
+        else:
+            wire_dtypes = load_checkpoint(folder, spec, layout, parameters)
         model = cls(
             spec=spec,
             parameters=parameters,
@@ -75,11 +89,12 @@ class HostedModel:
         Read from the parameters and digested in the checkpoint's own dtypes, so it holds until something else is
         written to them.
         """
-        digests = (
-            tensor_digest(name, block, self.wire_dtypes[name])
-            for name, block in self.layout.state_dict(self.parameters)
+        catalogue = Catalogue(
+            TensorSpec(name=name, shape=where.shape, dtype=self.wire_dtypes[name])
+            for name, where in self.layout.items()
         )
-        return WeightVersion(run=run, step=0, digest=Digest.total(digests))
+        live = Placement(catalogue, self.layout, self.parameters).live()
+        return WeightVersion(run=run, step=0, digest=live.total)
 
     def kv_cache(self, *, blocks: int, block_size: int) -> KvCache:
         """An empty cache of the model's shape, dtype and device.

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from weights.delivery import Delivery
 from weights.digest import Digest, tensor_digest
 from weights.errors import DeadlineExceeded
+from weights.manifest import Manifest
+from weights.messages import Offer
 from weights.naming import ExpertRows, HostedLayout, Rows, Rule, Whole
 from weights.publisher import Publisher
+from weights.reach import Reach
 from weights.receiver import Receiver
 from weights.transports.memory import MemoryTransport, SimulatedClock
 from weights.version import WeightVersion
@@ -110,6 +114,32 @@ def content_digest(parameters: Mapping[str, Tensor]) -> Digest:
     return Digest.total(tensor_digest(name, tensor) for name, tensor in hosted)
 
 
+def offer_of(
+    manifest: Manifest,
+    *,
+    sequence: int = 2,
+    update: str = "u",
+    run: str = "run",
+    step: int = 1,
+    base: Digest | None = None,
+    delivery: Delivery = Delivery.SEGMENTS,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> Offer:
+    """An offer as a publisher makes it to a host that knows nothing."""
+    return Offer(
+        sequence=sequence,
+        update=update,
+        run=run,
+        step=step,
+        base=base,
+        delivery=delivery,
+        bucket_bytes=bucket_bytes,
+        catalogue=manifest.catalogue.id,
+        tensors=manifest.catalogue,
+        digests=manifest.digests,
+    )
+
+
 class FakeServing:
     """A host's side: what it serves (None: nothing), and gates for its pause."""
 
@@ -154,7 +184,13 @@ class FakeHost:
     """One host: storage, serving, receiver."""
 
     def __init__(
-        self, name: str, *, silence_s: float = 30.0, clock: Callable[[], float] | None = None, device: str = "cpu"
+        self,
+        name: str,
+        *,
+        silence_s: float = 30.0,
+        clock: Callable[[], float] | None = None,
+        device: str = "cpu",
+        reach: Reach | None = None,
     ) -> None:
         self.parameters = storage(device)
         clock = SimulatedClock() if clock is None else clock
@@ -166,6 +202,7 @@ class FakeHost:
             parameters=self.parameters,
             serving=self.serving,
             version=self.initial,
+            reach=reach,
             silence_s=silence_s,
             clock=clock,
             wait=clock.advance if isinstance(clock, SimulatedClock) else time.sleep,

@@ -11,7 +11,7 @@ from fakes.weights_fleet import BUCKET_BYTES, learner_state
 
 from weights.messages import Request
 from weights.publisher import Publisher
-from weights.transports.seam import Segment
+from weights.cargo import Segment
 from weights.transports.shared_memory import SharedMemoryTransport, SocketLink
 
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rollout import HostStatus, RolloutConfig
 from rollout.cli import main
 from rollout.cli.fault import described, one_line
-from rollout.cli.memory import HostMemory, Room, available_bytes, host_memory, refuse_shortage
+from rollout.cli.memory import HostMemory, Room, host_memory, refuse_shortage
+from rollout.machine_memory import available_bytes
 from rollout.cli.prompts import prompts_of
 from rollout.cli.stopping import stoppable
 from rollout.cli.terminal import amount

@@ -39,7 +39,7 @@ def test_a_file_with_name_and_model_is_enough(tmp_path: Path) -> None:
         ({"engine": {"max_running": 0}}, r"engine\.max_running: got 0, must be above 0"),
         (
             {"weights": {"transport": "carrier_pigeon"}},
-            r"weights\.transport: got 'carrier_pigeon', expected shared_memory or disk or null",
+            r"weights\.transport: got 'carrier_pigeon', expected shared_memory or cuda_ipc or nccl or disk or null",
         ),
         (
             {"weights": {"transport": "disk"}},

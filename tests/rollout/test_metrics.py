@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import pytest
+from fakes.weights_fleet import offer_of
 
 from rollout.metrics import DASHBOARD, METRICS, FleetMetrics, HostMetrics, Kind, Metric, Observation
 from rollout.request import FinishReason
@@ -16,7 +17,7 @@ from rollout.totals import HostTotals
 from rollout.updates import PHASES, UpdateLog, UpdateRecord
 from weights.digest import Digest
 from weights.manifest import Manifest
-from weights.messages import Abort, Aborted, Commit, Committed, Offer, Offered, Refused, Stage, Staged, Vote, Voted
+from weights.messages import Abort, Aborted, Commit, Committed, Offered, Refused, Stage, Staged, Vote, Voted
 from weights.state import State
 from weights.version import WeightVersion
 
@@ -173,7 +174,7 @@ def test_an_observation_goes_on_until_it_is_stopped() -> None:
     assert not looks.acquire(timeout=0.05)
 
 
-OFFER = Offer(sequence=1, update="u", run="a", step=2, base=None, bucket_bytes=1 << 20, manifest=Manifest(()))
+OFFER = offer_of(Manifest.of([]), sequence=1)
 COMMITTED = Committed(sequence=5, update="u", version=SECOND, pause_s=0.5, copy_s=0.1, verify_s=0.2)
 TORN = Refused(sequence=5, update="u", state=State.TORN, reason="the disk burns")
 NO = Refused(sequence=1, update="u", state=State.IDLE, reason="does not fit")
@@ -181,7 +182,7 @@ NO = Refused(sequence=1, update="u", state=State.IDLE, reason="does not fit")
 
 def staged(log: UpdateLog) -> None:
     """An update up to the vote, a second per message and one between two of them."""
-    log.note(OFFER, Offered(sequence=1, update="u", buckets=2), 10.0, 11.0)
+    log.note(OFFER, Offered(sequence=1, update="u", stages=2, content=SECOND.digest), 10.0, 11.0)
     for bucket, began_s in enumerate((12.0, 14.0)):
         request = Stage(sequence=2 + bucket, update="u", bucket=bucket)
         log.note(request, Staged(sequence=2 + bucket, update="u", bucket=bucket), began_s, began_s + 1)

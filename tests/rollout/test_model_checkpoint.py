@@ -1,8 +1,9 @@
 """A checkpoint folder is hosted whole and exactly, or refused with every offender named before anything is written."""
 
 import json
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from rollout.model.router import Hosting
 from rollout.model.storage import allocate
 from weights.digest import Digest, tensor_digest
 from weights.naming import to_wire
+from weights.parallel_reader import ParallelReader, Reading, Wanted
 
 CONFIGS = {"qwen3": qwen3_config, "glm4": glm4_config}
 
@@ -181,6 +183,44 @@ def test_a_truncated_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read as safetensors"):
         load(folder)
+
+
+def test_a_file_that_is_cut_between_its_check_and_its_reading_is_named(tmp_path, monkeypatch):
+    folder = save(tiny_model(qwen3_config(), seed=1), tmp_path)
+    honest = ParallelReader.read
+
+    def cut_first(reader: ParallelReader, wanted: Iterable[Wanted]) -> Reading:
+        os.truncate(folder / "model.safetensors", 20_000)
+        return honest(reader, wanted)
+
+    monkeypatch.setattr(ParallelReader, "read", cut_first)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*it ended at byte 20000 while it was read"):
+        load(folder)
+
+
+def test_parameters_made_for_inference_are_loaded_too(tmp_path):
+    learner = tiny_model(qwen3_config(), seed=1)
+    folder = save(learner, tmp_path)
+    spec = decoder_spec(read_config(folder))
+    with torch.inference_mode():
+        parameters = allocate(spec, "cpu")
+    layout = hosted_layout(spec, parameters)
+    load_checkpoint(folder, spec, layout, parameters)
+    wire = dict(to_wire(learner.state_dict().items()))
+    assert all(torch.equal(tensor, wire[name]) for name, tensor in layout.state_dict(parameters))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hosting", [{}, {"dtype": torch.float32}])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_on_a_gpu_has_the_bits_of_its_files(tmp_path, sharded, hosting):
+    folder = save(tiny_model(qwen3_config(), seed=1, dtype=torch.bfloat16), tmp_path, sharded=sharded)
+    model = HostedModel.load(folder, hosting=Hosting(platform="cuda", **hosting), device="cuda")
+    files = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    hosted = dict(model.layout.state_dict(model.parameters))
+    assert hosted.keys() == files.keys()
+    for name, tensor in hosted.items():
+        assert torch.equal(tensor.cpu(), files[name].to(tensor.dtype)), name
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": {"a": "../b.safetensors"}}', "{", '{"weight_map": 3}'])

@@ -54,7 +54,7 @@ class FakeHost:
         if method == "share":
             if self.world.unshared:
                 return Outcome(error=self.world.unshared)
-            self.world.host(args[0]).version = self.version
+            self.world.host(args[0]).version, self.world.host(args[0]).state = self.version, "idle"
             self.shared.append(args[0])
         if method == "admit":
             self.admitted = True
@@ -248,7 +248,23 @@ def test_a_launcher_that_stood_still_blames_nobody(world: World) -> None:
     assert list(world.supervisor.incidents) == []
 
 
+def test_a_torn_host_is_healed_by_a_sibling_and_never_leaves_the_roster(world: World) -> None:
+    world.publish(FIRST)
+    world.look(2)
+    torn = world.host("host-2")
+    torn.state = "torn"
+    world.look(2)
+    assert "host-2" not in world.rotation.hosts()
+    assert "host-2" in world.roster
+    world.look(3)
+    assert torn.version == FIRST
+    assert torn.admitted
+    assert not torn.ended
+    assert "host-2" in world.rotation.hosts()
+
+
 def test_a_torn_host_takes_no_work_is_healed_by_an_update_and_started_again_without_one(world: World) -> None:
+    world.unshared = "has a publisher already"
     torn = world.host("host-2")
     torn.state = "torn"
     world.look()

@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from fakes.weights_fleet import offer_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weights.catalogue import TensorSpec
 from weights.codec import HEADER_BYTES, MAX_BODY_BYTES, body_bytes, decode, decode_body, encode
+from weights.delivery import Delivery
 from weights.digest import Digest
 from weights.errors import MessageError
-from weights.manifest import Manifest, TensorEntry
+from weights.lease import Lease, Memory, SlotTerms, WireTerms
+from weights.manifest import Manifest
 from weights.messages import (
     KINDS,
     PROTOCOL,
@@ -19,11 +24,16 @@ from weights.messages import (
     Aborted,
     Answer,
     Ask,
+    Begun,
     Commit,
     Committed,
+    Deliver,
+    Delivered,
+    Finish,
     Hello,
+    Join,
+    Joined,
     Message,
-    Offer,
     Offered,
     Refused,
     Stage,
@@ -37,26 +47,50 @@ from weights.version import WeightVersion
 
 D = Digest(1, 2)
 V = WeightVersion(run="r", step=3, digest=D)
-MANIFEST = Manifest(
-    (
-        TensorEntry(name="model.norm.weight", shape=(4,), dtype=torch.bfloat16, digest=D),
-        TensorEntry(name="gewicht.é", shape=(), dtype=torch.float32, digest=D),
-    )
+MANIFEST = Manifest.of(
+    [
+        (TensorSpec(name="model.norm.weight", shape=(4,), dtype=torch.bfloat16), D),
+        (TensorSpec(name="gewicht.é", shape=(), dtype=torch.float32), Digest(3, 4)),
+    ]
+)
+MEMORY = Memory("ab" * 64, "7", 4096)
+LEASE = Lease(MANIFEST.catalogue.id, (MEMORY,), ((0, 0), (0, 256)))
+SLOTS = SlotTerms("s", (MEMORY, MEMORY))
+WIRE = WireTerms("w", "127.0.0.1", 4321, "gloo", ("a", "b"), 4096)
+WELCOME = Welcome(
+    sequence=1,
+    protocol=PROTOCOL,
+    host="a",
+    state=State.IDLE,
+    version=V,
+    layout="x",
+    tied={"b": "c"},
+    catalogue="",
+    lease="",
+    way="",
 )
 EVERY_MESSAGE: tuple[Message, ...] = (
     Hello(sequence=1, protocol=PROTOCOL, publisher="learner"),
-    Offer(sequence=2, update="u", run="r", step=3, base=None, bucket_bytes=4096, manifest=MANIFEST),
-    Offer(sequence=2, update="u", run="r", step=3, base=D, bucket_bytes=4096, manifest=Manifest(())),
+    Join(sequence=1, wire=None, slots=SLOTS),
+    Join(sequence=1, wire=WIRE, slots=None),
+    offer_of(MANIFEST),
+    replace(offer_of(Manifest.of([]), base=D, delivery=Delivery.STREAM), tensors=None),
     Stage(sequence=3, update="u", bucket=0),
+    Stage(sequence=3, update="u", bucket=0, lease=LEASE.id, terms=LEASE),
     Vote(sequence=4, update="u"),
     Commit(sequence=5, update="u"),
+    Deliver(sequence=5, update="u", bucket=7),
+    Finish(sequence=5, update="u"),
     Abort(sequence=6, update="u", reason="because"),
     Ask(sequence=7, update="u", asker="a", intent=Intent.HOLD),
-    Welcome(sequence=1, protocol=PROTOCOL, host="a", state=State.IDLE, version=V, layout="x", tied={"b": "c"}),
-    Welcome(sequence=1, protocol=PROTOCOL, host="a", state=State.TORN, version=None, layout="x", tied={}),
-    Offered(sequence=2, update="u", buckets=3),
+    WELCOME,
+    replace(WELCOME, state=State.TORN, version=None, tied={}, catalogue="c", lease="l", way="w"),
+    Joined(sequence=1, way="w"),
+    Offered(sequence=2, update="u", stages=3, content=D),
     Staged(sequence=3, update="u", bucket=0),
     Voted(sequence=4, update="u", digest=D),
+    Begun(sequence=5, update="u"),
+    Delivered(sequence=5, update="u", bucket=7),
     Committed(sequence=5, update="u", version=V, pause_s=0.25, copy_s=0.0, verify_s=1e-9),
     Aborted(sequence=6, update="u", state=State.IDLE, version=None),
     Answer(sequence=7, update="u", host="b", outcome=Outcome.VOTED),

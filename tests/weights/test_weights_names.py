@@ -4,9 +4,9 @@ import weights
 import weights.disk
 
 PUBLIC = """
-CommitIncomplete DeadlineExceeded Digest ExpertRows FolderError HostTimes HostedLayout HostedSlice Manifest
+Catalogue CommitIncomplete DeadlineExceeded Digest Digests ExpertRows FolderError HostTimes HostedLayout HostedSlice Manifest
 ManifestError MessageError PublishReport Publisher Receiver Roster RosterError RosterHost Rows Rule Serving Sibling
-State TensorEntry TransportError UpdateAborted WeightVersion WeightsError Whole runtime_directory tensor_digest to_wire
+State TensorSpec TransportError UpdateAborted WeightVersion WeightsError Whole runtime_directory tensor_digest to_wire
 """
 
 

@@ -6,9 +6,8 @@ from fakes.weights_fleet import TIED, hosted_from, layout, learner_state, same_b
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weights.digest import tensor_digest
+from weights.catalogue import Catalogue, TensorSpec
 from weights.errors import ManifestError
-from weights.manifest import Manifest, TensorEntry
 from weights.naming import ExpertRows, HostedLayout, Rows, Rule, Whole, to_wire
 from weights.plan import plan
 
@@ -171,36 +170,31 @@ def test_a_sharded_tensor_is_refused() -> None:
         list(to_wire([("w", torch.zeros(2).as_subclass(Sharded))]))
 
 
-def entries_of(state: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
-    return {
-        name: TensorEntry(name=name, shape=tuple(t.shape), dtype=t.dtype, digest=tensor_digest(name, t))
-        for name, t in to_wire(state.items())
-    }
+def specs_of(state: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in to_wire(state.items())}
 
 
 def test_a_plan_pairs_every_tensor_with_its_place() -> None:
-    entries = entries_of(learner_state(1))
+    entries = specs_of(learner_state(1))
     mapping = layout(storage())
-    copies = plan(Manifest(tuple(entries.values())), mapping).copies
-    assert [copy.entry for copy in copies] == list(entries.values())
-    assert all(copy.target == mapping[copy.entry.name] for copy in copies)
+    assert list(plan(Catalogue(entries.values()), mapping)) == [mapping[name] for name in entries]
 
 
 def test_a_plan_names_every_offender_in_one_error() -> None:
-    entries = entries_of(learner_state(1))
+    entries = specs_of(learner_state(1))
     norm = entries.pop("model.norm.weight")
     q, k = (entries[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qk")
     gate = entries["model.layers.0.mlp.gate.weight"]
     changed = [
-        TensorEntry(name=q.name, shape=(3, 3), dtype=q.dtype, digest=q.digest),
-        TensorEntry(name=k.name, shape=k.shape, dtype=torch.float32, digest=k.digest),
-        TensorEntry(name="model.layers.7.odd", shape=(1,), dtype=q.dtype, digest=q.digest),
-        TensorEntry(name="lm_head.weight", shape=(1,), dtype=q.dtype, digest=q.digest),
+        TensorSpec(name=q.name, shape=(3, 3), dtype=q.dtype),
+        TensorSpec(name=k.name, shape=k.shape, dtype=torch.float32),
+        TensorSpec(name="model.layers.7.odd", shape=(1,), dtype=q.dtype),
+        TensorSpec(name="lm_head.weight", shape=(1,), dtype=q.dtype),
         gate,
     ]
     kept = [entry for entry in entries.values() if entry.name not in (q.name, k.name)]
     with pytest.raises(ManifestError) as caught:
-        plan(Manifest((*kept, *changed)), layout(storage()))
+        plan(Catalogue([*kept, *changed]), layout(storage()))
     assert str(caught.value).splitlines()[1:] == [
         f"  {gate.name}: given 2 times",
         f"  {norm.name}: missing",

@@ -7,7 +7,7 @@ import torch
 from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, MemoryFleet, hosted_from, learner_state, same_bits
 from torch import Tensor, nn
 
-from weights.digest import ZERO, Digest, tensor_digest
+from weights.digest import Digest, tensor_digest
 from weights.errors import UpdateAborted
 from weights.gather import SegmentPool, gather
 from weights.naming import HostedLayout, Whole, to_wire
@@ -178,12 +178,66 @@ def test_a_publisher_with_nonsense_is_refused(arguments: dict[str, object], comp
         Publisher(MemoryTransport({}, SimulatedClock(), silence_s=1.0), **arguments)
 
 
-def test_a_step_out_of_range_and_a_base_are_refused_before_anybody_is_asked() -> None:
-    fleet = MemoryFleet()
+def test_a_step_out_of_range_is_refused_before_anybody_is_asked() -> None:
     with pytest.raises(ValueError, match="a step is in"):
-        fleet.publisher.publish(STATE, -1)
-    with pytest.raises(ValueError, match="subset updates"):
-        fleet.publisher.publish(STATE, 1, base=ZERO)
+        MemoryFleet().publisher.publish(STATE, -1)
+
+
+def some_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The router's gate and one expert's projection, named as the wire has them."""
+    experts = state["model.layers.0.mlp.experts.down_proj"]
+    return {
+        "model.layers.0.mlp.gate.weight": state["model.layers.0.mlp.gate.weight"],
+        "model.layers.0.mlp.experts.1.down_proj.weight": experts[1],
+    }
+
+
+def mixed(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with `some_of` the other in their places."""
+    experts = state["model.layers.0.mlp.experts.down_proj"].clone()
+    experts[1] = other["model.layers.0.mlp.experts.down_proj"][1]
+    gate = other["model.layers.0.mlp.gate.weight"]
+    return state | {"model.layers.0.mlp.gate.weight": gate, "model.layers.0.mlp.experts.down_proj": experts}
+
+
+def test_a_subset_is_written_over_the_content_that_it_names() -> None:
+    fleet = MemoryFleet()
+    first = fleet.publisher.publish(STATE, 1)
+    other = learner_state(2)
+    second = fleet.publisher.publish(some_of(other), 2, base=first.version.digest)
+    assert second.bytes == sum(tensor.nbytes for tensor in some_of(other).values())
+    for host in fleet.hosts.values():
+        assert host.holds(mixed(STATE, other))
+        assert host.receiver.version == second.version
+        assert host.receiver.live_digest() == second.version.digest
+    whole = fleet.publisher.publish(mixed(STATE, other), 3)
+    assert whole.version.digest == second.version.digest, "the digest is the content's, however it came"
+
+
+def test_a_subset_may_build_on_a_subset_and_on_a_checkpoint() -> None:
+    fleet = MemoryFleet()
+    version = fleet.hosts["a"].initial
+    for step in (1, 2, 3):
+        version = fleet.publisher.publish(some_of(learner_state(step)), step, base=version.digest).version
+    assert {host.receiver.live_digest() for host in fleet.hosts.values()} == {version.digest}
+
+
+def test_a_subset_of_another_base_changes_nothing_anywhere() -> None:
+    fleet = MemoryFleet()
+    first = fleet.publisher.publish(STATE, 1)
+    second = fleet.publisher.publish(learner_state(2), 2)
+    with pytest.raises(UpdateAborted, match=f"builds on content {first.version.digest}, and this host serves"):
+        fleet.publisher.publish(some_of(learner_state(3)), 3, base=first.version.digest)
+    assert all(host.holds(learner_state(2)) for host in fleet.hosts.values())
+    assert {host.receiver.version for host in fleet.hosts.values()} == {second.version}
+
+
+def test_a_torn_host_takes_no_subset() -> None:
+    fleet = MemoryFleet(hosts=1)
+    first = fleet.publisher.publish(STATE, 1)
+    fleet.hosts["a"].receiver._hosted.stop("test")
+    with pytest.raises(UpdateAborted, match="heals only by a full update"):
+        fleet.publisher.publish(some_of(learner_state(2)), 2, base=first.version.digest)
 
 
 class Counting(MemoryTransport):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, FakeServing, layout, learner_state, storage
+from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, FakeServing, layout, learner_state, offer_of, storage
 
 from weights.digest import Digest
 from weights.errors import DeadlineExceeded, PeerGone, RosterError
@@ -19,7 +19,6 @@ from weights.messages import (
     Commit,
     Committed,
     Hello,
-    Offer,
     Offered,
     Refused,
     Reply,
@@ -53,17 +52,7 @@ class Driver:
         return self.host.receiver.handle(request, segment)
 
     def offer(self, update: str = "u", *, step: int = 1, run: str = "run", base: Digest | None = None) -> Reply:
-        return self.say(
-            Offer(
-                sequence=2,
-                update=update,
-                run=run,
-                step=step,
-                base=base,
-                bucket_bytes=BUCKET_BYTES,
-                manifest=self.gathered.manifest,
-            )
-        )
+        return self.say(offer_of(self.gathered.manifest, update=update, run=run, step=step, base=base))
 
     def stage(self, bucket: int, update: str = "u") -> Reply:
         return self.say(Stage(sequence=3, update=update, bucket=bucket), self.gathered.segments[bucket].data)
@@ -332,18 +321,17 @@ def test_the_version_that_serves_may_be_published_again() -> None:
     assert isinstance(driver.offer("v", step=1), Offered)
 
 
-def test_a_subset_update_is_refused_by_name() -> None:
-    reply = Driver().offer(base=Digest(1, 2))
+def test_a_subset_of_another_base_is_refused() -> None:
+    driver = Driver()
+    reply = driver.offer(base=Digest(1, 2))
     assert isinstance(reply, Refused)
-    assert "takes full updates only" in reply.reason
+    assert f"builds on content {Digest(1, 2)}, and this host serves {driver.host.initial}" in reply.reason
 
 
 @pytest.mark.parametrize("change", [{"bucket_bytes": 100}, {"run": "a b"}])
 def test_an_offer_that_no_publisher_would_make_is_refused(change: dict[str, object]) -> None:
     driver = Driver()
-    offer = Offer(
-        sequence=2, update="u", run="r", step=1, base=None, bucket_bytes=4096, manifest=driver.gathered.manifest
-    )
+    offer = offer_of(driver.gathered.manifest)
     assert isinstance(driver.say(replace(offer, **change)), Refused)
 
 

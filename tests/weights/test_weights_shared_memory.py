@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.weights_fleet import BUCKET_BYTES, FakeHost, learner_state
+from fakes.weights_fleet import BUCKET_BYTES, FakeHost, learner_state, offer_of
 
 from weights.codec import decode, encode
 from weights.errors import (
@@ -30,7 +30,7 @@ from weights.errors import (
     UpdateAborted,
 )
 from weights.manifest import Manifest
-from weights.messages import PROTOCOL, Ask, Hello, Offer, Refused, Stage, Welcome
+from weights.messages import PROTOCOL, Ask, Hello, Refused, Stage, Welcome
 from weights.publisher import Publisher
 from weights.rendezvous import Roster, RosterHost, socket_path
 from weights.state import Intent, State
@@ -458,9 +458,7 @@ def test_a_peer_that_takes_nothing_hits_the_deadline() -> None:
 def test_large_frames_arrive_whole() -> None:
     ours, theirs = socket.socketpair()
     near, far = FrameStream(ours, "near"), FrameStream(theirs, "far")
-    offer = Offer(
-        sequence=1, update="u" * (5 << 20), run="r", step=1, base=None, bucket_bytes=4096, manifest=Manifest(())
-    )
+    offer = offer_of(Manifest.of([]), update="u" * (5 << 20))
     sender = threading.Thread(target=near.send, args=(encode(offer), None, PATIENCE_S))
     sender.start()
     frame, descriptor = far.receive(PATIENCE_S)

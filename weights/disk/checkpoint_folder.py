@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from weights.disk.opened import OpenFolder
+from weights.disk.reading import read_ahead
 from weights.disk.version_file import is_file_name
 from weights.errors import FolderError
 
@@ -30,14 +31,15 @@ class CheckpointFolder:
     """Of all tensors that are not left out."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Wire names and tensors, each read from the disk when it comes, into memory of its own.
+        """Wire names and tensors, read from the disk some MiB ahead, each into memory of its own.
 
         FolderError if the folder has changed for the worse since `read_checkpoint`.
         """
         with OpenFolder(self.path, follow_links=True) as folder:
-            for file, stored in folder.stored(self.files):
-                if not stored.name.startswith(self.without):
-                    yield stored.name, file.read(stored)
+            for file in folder.tensor_files(self.files):
+                wanted = [stored for stored in file.tensors if not stored.name.startswith(self.without)]
+                for stored, tensor in read_ahead(file, wanted):
+                    yield stored.name, tensor
 
 
 def read_checkpoint(path: Path | str, *, without: tuple[str, ...] = ()) -> CheckpointFolder:

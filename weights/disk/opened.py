@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -78,16 +78,31 @@ class OpenFolder:
 
         FolderError for a file that is missing or broken, and for tensors that stand in two of them.
         """
+        for file in self.tensor_files(files):
+            for stored in file.tensors:
+                yield file, stored
+
+    def tensor_files(self, files: Sequence[str]) -> Iterator[TensorFile]:
+        """These files, each open until the next one comes. FolderError as `stored`."""
         seen: set[str] = set()
         for name in files:
             with self.open(name) as descriptor:
-                file = TensorFile(descriptor, str(self.path / name))
-                twice = [stored.name for stored in file.tensors if stored.name in seen]
-                if twice:
-                    raise FolderError(f"{self.path / name}: holds tensors that another file holds: {', '.join(twice)}")
-                seen.update(stored.name for stored in file.tensors)
-                for stored in file.tensors:
-                    yield file, stored
+                yield self._tensor_file(name, descriptor, seen)
+
+    @contextmanager
+    def opened(self, files: Sequence[str]) -> Iterator[list[TensorFile]]:
+        """These files, all open at once. FolderError as `stored`."""
+        seen: set[str] = set()
+        with ExitStack() as stack:
+            yield [self._tensor_file(name, stack.enter_context(self.open(name)), seen) for name in files]
+
+    def _tensor_file(self, name: str, descriptor: int, seen: set[str]) -> TensorFile:
+        file = TensorFile(descriptor, str(self.path / name))
+        twice = [stored.name for stored in file.tensors if stored.name in seen]
+        if twice:
+            raise FolderError(f"{self.path / name}: holds tensors that another file holds: {', '.join(twice)}")
+        seen.update(stored.name for stored in file.tensors)
+        return file
 
     def _status(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)

@@ -1,7 +1,7 @@
 """StepFolder: one step's weights on disk, and whether they are what version.yaml says."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from weights.digest import ZERO, tensor_digest
 from weights.disk.opened import OpenFolder
+from weights.disk.reading import read_ahead, read_into
 from weights.disk.step_names import step_name
 from weights.disk.version_file import MAX_VERSION_FILE_BYTES, VERSION_FILE, VersionFile
 from weights.errors import FolderError
+from weights.parallel_reader import ParallelReader, Reading
 from weights.version import WeightVersion
 
 
@@ -29,7 +31,7 @@ class StepFolder:
     """Of all tensors."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Wire names and tensors, each read from the disk when it comes, into memory of its own.
+        """Wire names and tensors, read from the disk some MiB ahead, each into memory of its own.
 
         Ends in FolderError, after the last tensor, if they are not those that the version's digest is of. Hence a
         publisher, which takes all of them before it tells any host, never offers them; whoever takes them one by one
@@ -37,15 +39,23 @@ class StepFolder:
         """
         found = ZERO
         with OpenFolder(self.path) as folder:
-            for file, stored in folder.stored(self.files):
-                tensor = file.read(stored)
-                found += tensor_digest(stored.name, tensor)
-                yield stored.name, tensor
+            for file in folder.tensor_files(self.files):
+                for stored, tensor in read_ahead(file, file.tensors):
+                    found += tensor_digest(stored.name, tensor)
+                    yield stored.name, tensor
         if found != self.version.digest:
             raise FolderError(
                 f"{self.path}: its tensors have digest {found}, {VERSION_FILE} says {self.version.digest}: a file was "
                 "changed, or belongs to another step; write the step again"
             )
+
+    def read_into(self, targets: Mapping[str, Tensor], reader: ParallelReader) -> Reading:
+        """Fills targets, by wire name, as `reading.read_into`.
+
+        The version's digest is not held against them: whoever has them takes theirs, there where they are.
+        """
+        with OpenFolder(self.path) as folder:
+            return read_into(folder, self.files, targets, reader)
 
     def verify(self) -> None:
         """Reads everything once. FolderError as `tensors`."""

@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weights.catalogue import TensorSpec
 from weights.digest import ZERO, Digest, tensor_digest
 from weights.disk.step_folder import read_step
 from weights.disk.step_lock import step_lock, sweep
 from weights.disk.step_names import parse_step_name, step_name, step_paths
 from weights.disk.version_file import VERSION_FILE, VersionFile
 from weights.errors import FolderError, ManifestError
-from weights.gather import Source, named_pairs
-from weights.manifest import TensorEntry
 from weights.naming import to_wire
+from weights.source import Source, named_pairs
 from weights.version import WeightVersion
 
 DEFAULT_FILE_BYTES = 1 << 30
@@ -89,19 +89,20 @@ def _batches(source: Source, file_bytes: int) -> Iterator[dict[str, Tensor]]:
     names: set[str] = set()
     batch: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in to_wire(named_pairs(source)):
-        if name in names:
-            raise ValueError(f"{name} comes twice; a step holds every tensor once")
-        try:
-            TensorEntry(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, digest=ZERO)
-        except ManifestError as error:
-            raise ValueError(str(error)) from error
-        if batch and size + tensor.nbytes > file_bytes:
-            yield batch
-            batch, size = {}, 0
-        names.add(name)
-        batch[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        size += tensor.nbytes
+    with named_pairs(source) as pairs:
+        for name, tensor in to_wire(pairs):
+            if name in names:
+                raise ValueError(f"{name} comes twice; a step holds every tensor once")
+            try:
+                TensorSpec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
+            except ManifestError as error:
+                raise ValueError(str(error)) from error
+            if batch and size + tensor.nbytes > file_bytes:
+                yield batch
+                batch, size = {}, 0
+            names.add(name)
+            batch[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            size += tensor.nbytes
     if batch:
         yield batch
 

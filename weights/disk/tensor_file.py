@@ -7,21 +7,21 @@ header, the data), which takes what the library takes: entries, in any order, th
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-from weights.digest import ZERO
+from weights.catalogue import MAX_TENSOR_BYTES, TensorSpec
 from weights.errors import FolderError, ManifestError
-from weights.manifest import MAX_TENSOR_BYTES, TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
 
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -36,6 +36,9 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 """Names in a header -> dtypes: those that the wire knows."""
+
+_KEPT_HEADERS = 64
+"""Every step of a model has the same ones, and to parse tens of thousands of tensors takes as long as to read them."""
 
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB at once
 
@@ -53,7 +56,7 @@ class StoredTensor:
 
 
 class TensorFile:
-    """An open safetensors file. The descriptor stays the caller's."""
+    """An open safetensors file, and a source for a `ParallelReader`. The descriptor stays the caller's."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         """path: for messages. FolderError if the file is no safetensors file from its first to its last byte."""
@@ -65,11 +68,25 @@ class TensorFile:
     def read(self, stored: StoredTensor) -> Tensor:
         """The tensor, in memory of its own. FolderError if the disk does not give it."""
         data = torch.empty(stored.bytes, dtype=torch.uint8)
-        view = data.numpy().data
-        done = 0
-        while done < stored.bytes:
-            done += self._read_into(view[done : done + _READ_BYTES], stored.start + done)
+        self.fill([data], stored.start)
         return data.view(stored.dtype).reshape(stored.shape)
+
+    def fill(self, places: Sequence[Tensor], start: int) -> None:
+        """Reads consecutive bytes, from byte `start` of the file on, into `places`: flat uint8 on the CPU.
+
+        At most 1024 places. FolderError if the disk does not give them.
+        """
+        views = [place.numpy().data for place in places if place.numel()]
+        while views:
+            done = self._read_into(views, start)
+            start += done
+            while views and done >= len(views[0]):
+                done -= len(views.pop(0))
+            if done:
+                views[0] = views[0][done:]
+
+    def locked(self, start: int, size: int) -> None:
+        """None: a file is not page-locked memory."""
 
     def _header(self) -> tuple[StoredTensor, ...]:
         size = os.fstat(self._descriptor).st_size
@@ -77,39 +94,25 @@ class TensorFile:
         if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._broken(f"a header of {length} bytes in a file of {size}")
         try:
-            header = json.loads(self._bytes(length, 8), object_pairs_hook=_distinct)
-        except (ValueError, RecursionError) as error:
-            raise self._broken(f"its header is not JSON: {error}") from error
-        if not isinstance(header, dict):
-            raise self._broken("its header is not a JSON object")
-        header.pop("__metadata__", None)
-        try:
-            found = sorted(
-                (_stored(name, plain, 8 + length) for name, plain in header.items()),
-                key=lambda stored: (stored.start, stored.bytes),
-            )
+            found = _parsed(self._bytes(length, 8))
         except (ValueError, ManifestError) as error:
             raise self._broken(str(error)) from error
-        end = 8 + length
-        for stored in found:
-            if stored.start != end:
-                raise self._broken(f"{stored.name!r} begins at byte {stored.start}, expected {end}")
-            end += stored.bytes
+        end = found[-1].start + found[-1].bytes if found else 8 + length
         if end != size:
             raise self._broken(f"its tensors end at byte {end}, the file at {size}")
-        return tuple(found)
+        return found
 
     def _bytes(self, count: int, offset: int) -> bytes:
         data = bytearray(count)
         view = memoryview(data)
         done = 0
         while done < count:
-            done += self._read_into(view[done:], offset + done)
+            done += self._read_into([view[done:]], offset + done)
         return bytes(data)
 
-    def _read_into(self, view: memoryview, offset: int) -> int:
+    def _read_into(self, views: Sequence[memoryview], offset: int) -> int:
         try:
-            count = os.preadv(self._descriptor, [view], offset)
+            count = os.preadv(self._descriptor, views, offset)
         except OSError as error:
             raise FolderError(f"{self._path}: cannot be read: {error.strerror}") from error
         if not count:
@@ -120,17 +123,38 @@ class TensorFile:
         return FolderError(f"{self._path}: not a whole safetensors file: {reason}")
 
 
+@lru_cache(maxsize=_KEPT_HEADERS)
+def _parsed(header: bytes) -> tuple[StoredTensor, ...]:
+    """The tensors of a header, as they lie, without gaps. ValueError or ManifestError if it is none."""
+    try:
+        content = json.loads(header, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("its header is not a JSON object")
+    content.pop("__metadata__", None)
+    end = 8 + len(header)
+    found = sorted(
+        (_stored(name, plain, end) for name, plain in content.items()), key=lambda stored: (stored.start, stored.bytes)
+    )
+    for stored in found:
+        if stored.start != end:
+            raise ValueError(f"{stored.name!r} begins at byte {stored.start}, expected {end}")
+        end += stored.bytes
+    return tuple(found)
+
+
 def _stored(name: str, plain: object, data_start: int) -> StoredTensor:
     """One entry of a header. ValueError or ManifestError if it is none."""
     match plain:
         case {"dtype": str(dtype), "shape": [*sizes], "data_offsets": [int(start), int(stop)]}:
-            if dtype not in _DTYPES:
-                raise ValueError(f"{name!r:.120}: dtype {dtype!r:.40}; known are {', '.join(_DTYPES)}")
+            if dtype not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{name!r:.120}: dtype {dtype!r:.40}; known are {', '.join(SAFETENSORS_DTYPES)}")
             shape = tuple(size for size in sizes if type(size) is int)
             # Torch multiplies the sizes of an empty tensor, too.
             if len(shape) != len(sizes) or prod(size for size in shape if size) > MAX_TENSOR_BYTES:
                 raise ValueError(f"{name!r:.120}: its shape is none that a tensor has")
-            entry = TensorEntry(name=name, shape=shape, dtype=_DTYPES[dtype], digest=ZERO)
+            entry = TensorSpec(name=name, shape=shape, dtype=SAFETENSORS_DTYPES[dtype])
             if start < 0 or stop - start != entry.bytes:
                 raise ValueError(
                     f"{name!r:.120}: its offsets hold {stop - start} bytes, its shape and dtype take {entry.bytes}"

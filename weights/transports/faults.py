@@ -6,7 +6,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from weights.manifest import Manifest
+from weights.catalogue import Catalogue
+from weights.digests import Digests
 from weights.messages import Offer, Request
 from weights.version import WeightVersion
 
@@ -96,26 +97,36 @@ def befall(fault: FaultKind | None, arriving: Arrival, late: list[Arrival]) -> l
     return [arriving]
 
 
-def mangled(fault: FaultKind | None, request: Request, served: WeightVersion | None) -> Request:
-    """The request with its content changed, where the fault is one of an offer."""
+def mangled(
+    fault: FaultKind | None, request: Request, served: WeightVersion | None, known: Catalogue | None
+) -> Request:
+    """The request with its content changed, where the fault is one of an offer. known: the catalogue that the host has
+    heard of, for an offer that does not repeat it."""
     if not isinstance(request, Offer):
         return request
-    entries = request.manifest.entries
-    first = entries[0]
+    if fault is FaultKind.STALE_STEP:
+        return request if served is None else replace(request, run=served.run, step=served.step)
+    catalogue = known if request.tensors is None else request.tensors
+    if catalogue is None:
+        return request
+    tensors, digests = list(catalogue.tensors), [request.digests[n] for n in range(len(request.digests))]
     match fault:
         case FaultKind.WRONG_DTYPE:
-            entries = (replace(first, dtype=torch.int8), *entries[1:])
+            tensors[0] = replace(tensors[0], dtype=torch.int8)
         case FaultKind.WRONG_SHAPE:
-            entries = (replace(first, shape=(1, *first.shape)), *entries[1:])
+            tensors[0] = replace(tensors[0], shape=(1, *tensors[0].shape))
         case FaultKind.UNKNOWN_NAME:
-            entries = (*entries, replace(first, name="model.unheard_of.weight"))
+            tensors.append(replace(tensors[0], name="model.unheard_of.weight"))
+            digests.append(digests[0])
         case FaultKind.MISSING_NAME:
-            entries = entries[1:]
+            del tensors[0], digests[0]
         case FaultKind.REPEATED_NAME:
-            entries = (*entries, first)
-        case FaultKind.STALE_STEP if served is not None:
-            return replace(request, run=served.run, step=served.step)
-    return replace(request, manifest=Manifest(entries))
+            tensors.append(tensors[0])
+            digests.append(digests[0])
+        case _:
+            return request
+    changed = Catalogue(tensors)
+    return replace(request, catalogue=changed.id, tensors=changed, digests=Digests.of(digests))
 
 
 def damaged(fault: FaultKind | None, segment: Tensor | None) -> Tensor | None:

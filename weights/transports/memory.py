@@ -10,14 +10,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from weights.cargo import Loader, Segment
+from weights.catalogue import Catalogue
 from weights.codec import encode
 from weights.errors import DeadlineExceeded, MessageError, PeerGone, TransportError
-from weights.messages import Answer, Ask, Reply, Request
+from weights.messages import Answer, Ask, Offer, Reply, Request
 from weights.receiver import Receiver
+from weights.segment_loader import SegmentLoader
 from weights.settlement import Settlement
 from weights.transports.answer import answer, read_reply
 from weights.transports.faults import Arrival, Fault, FaultKind, befall, damaged, mangled
-from weights.transports.seam import Segment
 
 
 class SimulatedClock:
@@ -38,6 +40,9 @@ class MemorySegment:
 
     def __init__(self, size: int) -> None:
         self.data = torch.zeros(size, dtype=torch.uint8)
+
+    def lock(self) -> None:
+        """Nothing to do: no device writes into it faster for it."""
 
     def close(self) -> None:
         """Nothing to do: the last host that holds the tensor frees it."""
@@ -84,6 +89,9 @@ class MemoryTransport:
     def segment(self, size: int) -> MemorySegment:
         return MemorySegment(size)
 
+    def loader(self, bucket_bytes: int) -> Loader:
+        return SegmentLoader(self, bucket_bytes)
+
     def siblings(self, host: str) -> "tuple[MemorySibling, ...]":
         """The others in the roster; a host that ended is in it still."""
         return tuple(MemorySibling(self, other, self._deadline_s) for other in self._wires if other != host)
@@ -126,7 +134,9 @@ class MemoryTransport:
             self.disconnected(host)
             raise TransportError(f"{host} closed the connection")
         late, wire.late_requests = wire.late_requests, []
-        sent = encode(mangled(fault, request, wire.receiver.version)), damaged(fault, segment)
+        if isinstance(request, Offer) and request.tensors is not None:
+            wire.catalogue = request.tensors
+        sent = encode(mangled(fault, request, wire.receiver.version, wire.catalogue)), damaged(fault, segment)
         arriving = befall(fault, sent, wire.late_requests)
         replies: list[bytes] = []
         for frame, data in [*arriving, *late]:
@@ -229,6 +239,8 @@ class _Wire:
         self.late_requests: list[Arrival] = []
         self.late_replies: list[Arrival] = []
         self.late_questions: list[Arrival] = []
+        self.catalogue: Catalogue | None = None
+        """The last one that was offered whole."""
 
     def strike(self, message: str, *, reply: bool = False) -> FaultKind | None:
         """The fault that befalls this request, or the reply to it."""

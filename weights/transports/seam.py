@@ -17,22 +17,8 @@ The contract of every fill:
 
 from typing import Protocol
 
-from torch import Tensor
-
+from weights.cargo import Loader, Segment
 from weights.messages import Reply, Request
-
-
-class Segment(Protocol):
-    """Flat bytes that a publisher fills and hosts map."""
-
-    @property
-    def data(self) -> Tensor:
-        """uint8, flat, on the CPU."""
-        ...
-
-    def close(self) -> None:
-        """The publisher lets go; hosts that map it keep it."""
-        ...
 
 
 class Link(Protocol):
@@ -70,4 +56,8 @@ class Transport(Protocol):
 
     def segment(self, size: int) -> Segment:
         """A new segment of `size` bytes."""
+        ...
+
+    def loader(self, bucket_bytes: int) -> Loader:
+        """How updates are loaded for it."""
         ...

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from weights.errors import MessageError
+from weights.page_lock import page_locked
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman.h>; the mmap module names it from Python 3.13 on
@@ -26,18 +27,33 @@ class SharedSegment:
         self.descriptor = os.memfd_create("moe-rollout-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.descriptor, size)
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
-        self.data = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        self._mapping: mmap.mmap | None = mmap.mmap(self.descriptor, size)
+        self.data = torch.frombuffer(self._mapping, dtype=torch.uint8)
         """The mapping lives as long as this tensor or a view of it does."""
+
+    def lock(self) -> None:
+        if self._mapping is not None:
+            self.data, self._mapping = page_locked(self._mapping), None
 
     def close(self) -> None:
         os.close(self.descriptor)
-        self.data = torch.empty(0, dtype=torch.uint8)
+        self.data, self._mapping = torch.empty(0, dtype=torch.uint8), None
 
 
 def map_segment(descriptor: int) -> Tensor:
     """The host's end: the segment's bytes, flat uint8.
 
     Takes the descriptor over. MessageError if it is no sealed segment.
+    """
+    return torch.frombuffer(map_memory(descriptor), dtype=torch.uint8)
+
+
+def map_memory(descriptor: int, *, shared: bool = False) -> mmap.mmap:
+    """The host's mapping of a segment.
+
+    Takes the descriptor over. MessageError if it is no sealed segment.
+
+    shared: the publisher's own pages, for page-locking, which would copy private ones; nobody may write to them.
     """
     try:
         try:
@@ -51,9 +67,7 @@ def map_segment(descriptor: int) -> Tensor:
             )
         # Private: writable for torch's sake, and nothing that this process does can reach the others' pages.
         # Nobody writes, so no page is ever copied and none need be reserved.
-        mapped = mmap.mmap(
-            descriptor, size, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
+        flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _MAP_NORESERVE
+        return mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(descriptor)
-    return torch.frombuffer(mapped, dtype=torch.uint8)

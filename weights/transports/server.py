@@ -7,13 +7,13 @@ import threading
 import time
 from contextlib import closing
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
 from weights.codec import encode
 from weights.errors import DeadlineExceeded, MessageError, TransportError
-from weights.messages import Ask, Hello, Refused, Reply, Request
+from weights.messages import Ask, Committed, Hello, Refused, Reply, Request
 from weights.receiver import Receiver
 from weights.settlement import Siblings
 from weights.transports.answer import read_request, unreadable
@@ -28,6 +28,35 @@ ACCEPT_AGAIN_S = 0.1
 """Before the next try, when the machine had no room for a connection."""
 
 
+class Segments(Protocol):
+    """Maps a publisher's segments, one publisher after the other."""
+
+    def map(self, descriptor: int) -> Tensor:
+        """Flat uint8. Takes the descriptor over. MessageError if it is no segment."""
+        ...
+
+    def sweep(self) -> None:
+        """An update is at its end: lets go of segments that are used no more."""
+        ...
+
+    def drop(self) -> None:
+        """The publisher is gone."""
+        ...
+
+
+class MappedSegments:
+    """As ordinary memory, kept by whoever uses it."""
+
+    def map(self, descriptor: int) -> Tensor:
+        return map_segment(descriptor)
+
+    def sweep(self) -> None:
+        """It keeps none."""
+
+    def drop(self) -> None:
+        """It keeps none."""
+
+
 class HostServer:
     """Listens for one host. One publisher at a time; siblings may ask at any time."""
 
@@ -39,19 +68,22 @@ class HostServer:
         *,
         deadline_s: float,
         takeover_s: float = 1.0,
+        segments: Segments | None = None,
     ) -> None:
         """path: the socket to listen on; what a dead host left there is replaced. siblings: the rest of the fleet,
         asked for when needed.
 
         deadline_s: how long a peer may take over one frame. takeover_s: how long a second publisher waits for the
         first one's connection to end; longer, up to deadline_s, if that one is gone and its update is still being
-        forgotten or settled. TransportError if a living host listens on the path.
+        forgotten or settled. segments: how a publisher's are mapped; left out, as ordinary memory. TransportError if a
+        living host listens on the path.
         """
         self._receiver = receiver
         self._path = path
         self._siblings = siblings
         self._deadline_s = deadline_s
         self._takeover_s = takeover_s
+        self._segments = MappedSegments() if segments is None else segments
         self._streams: set[FrameStream] = set()
         self._threads: set[threading.Thread] = set()
         self._publisher: str | None = None
@@ -158,7 +190,10 @@ class HostServer:
         segment: Tensor | None = None
         try:
             while True:
-                self._reply(stream, self._receiver.handle(request, segment))
+                reply = self._receiver.handle(request, segment)
+                if isinstance(reply, Committed):
+                    self._segments.sweep()
+                self._reply(stream, reply)
                 del segment  # the receiver keeps what it needs: nothing here may hold a mapping until the next message
                 if not stream.readable(self._receiver.silence_left_s):
                     _LOG.warning("%s: the publisher fell silent during an update", self._receiver.host)
@@ -173,10 +208,11 @@ class HostServer:
                     self._publisher = f"{self._publisher} (lost: its last update is being settled with the siblings)"
                 settlement = self._receiver.settle(self._siblings)
                 _LOG.warning("%s: %s", self._receiver.host, settlement)
+            self._segments.drop()
 
     def _next(self, stream: FrameStream) -> tuple[Request, Tensor | None]:
         frame, descriptor = stream.receive(self._deadline_s)
-        segment = None if descriptor is None else map_segment(descriptor)
+        segment = None if descriptor is None else self._segments.map(descriptor)
         return read_request(frame), segment
 
     def _reply(self, stream: FrameStream, reply: Reply) -> None:

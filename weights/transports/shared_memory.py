@@ -9,12 +9,13 @@ import os
 import socket
 from contextlib import closing
 
+from weights.cargo import Loader, Segment
 from weights.codec import encode
 from weights.errors import DeadlineExceeded, MessageError, PeerGone, TransportError
 from weights.messages import Answer, Ask, Reply, Request
 from weights.rendezvous import Roster, RosterHost
+from weights.segment_loader import SegmentLoader
 from weights.transports.answer import read_reply
-from weights.transports.seam import Segment
 from weights.transports.segment import SharedSegment
 from weights.transports.stream import FrameStream
 
@@ -36,6 +37,9 @@ class SharedMemoryTransport:
 
     def segment(self, size: int) -> SharedSegment:
         return SharedSegment(size)
+
+    def loader(self, bucket_bytes: int) -> Loader:
+        return SegmentLoader(self, bucket_bytes)
 
 
 class OneHost(SharedMemoryTransport):
