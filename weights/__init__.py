@@ -17,10 +17,12 @@ from weights.errors import (
 from weights.manifest import Manifest
 from weights.naming import ExpertRows, HostedLayout, HostedSlice, Rows, Rule, Whole, to_wire
 from weights.publisher import Publisher
+from weights.publishing import Publishing
 from weights.receiver import Receiver
 from weights.rendezvous import Roster, RosterHost, runtime_directory
 from weights.report import HostTimes, PublishReport
 from weights.serving import Serving, Sibling
+from weights.sharded import gathered, rounded, take_part
 from weights.state import State
 from weights.version import WeightVersion
 
@@ -40,6 +42,7 @@ __all__ = [
     "MessageError",
     "PublishReport",
     "Publisher",
+    "Publishing",
     "Receiver",
     "Roster",
     "RosterError",
@@ -55,7 +58,10 @@ __all__ = [
     "WeightVersion",
     "WeightsError",
     "Whole",
+    "gathered",
+    "rounded",
     "runtime_directory",
+    "take_part",
     "tensor_digest",
     "to_wire",
 ]

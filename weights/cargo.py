@@ -1,6 +1,6 @@
 """Cargo: an update at the learner's end, loaded and ready to be offered; and who loads it, one per transport."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -52,8 +52,12 @@ class Cargo:
         """What the hosts read, where it is the learner's own memory."""
         return None
 
-    def way(self, hosts: Sequence[str]) -> SlotTerms | WireTerms | None:
-        """What these hosts have to join for the buckets, the same terms as long as it works; None: nothing."""
+    def way(self, joined: Mapping[str, str]) -> SlotTerms | WireTerms | None:
+        """What the hosts have to join for the buckets; None: nothing.
+
+        joined: for every host the name of the way that it has joined, empty without one. The terms are the same again
+        as long as that works for all of them.
+        """
         return None
 
     def meet(self) -> None:

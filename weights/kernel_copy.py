@@ -26,11 +26,11 @@ _COLUMNS = tl.constexpr(4)  # of the table: source, target, wire bytes, first un
 class CopyTile:
     """How the work is cut. Every choice copies the same."""
 
-    tile_bytes: int = 1 << 14
+    tile_bytes: int = 1 << 15
     """Wire bytes that a program loads at once; a power of two."""
-    unit_bytes: int = 1 << 16
+    unit_bytes: int = 1 << 17
     """Wire bytes that a program copies; a multiple of its tile."""
-    warps: int = 8
+    warps: int = 16
     is_streamed: bool = False
     """Whether to ask the caches to keep neither what is read nor what is written."""
 
@@ -152,18 +152,28 @@ class _Table:
     def run(self) -> None:
         """Launches the copies on the device's current stream and waits for nothing.
 
-        A CUDA graph can capture any call but the first, which loads the kernels.
+        A CUDA graph can capture any call after `load` or another call.
         """
+        for launch in self._launches:
+            self._run(launch, launch.table_RC, launch.rows_U)
+
+    def load(self) -> None:
+        """Compiles and loads the kernels, and copies nothing: whoever is paused for `run` does not wait for that."""
+        nothing_RC = torch.zeros(1, 4, dtype=torch.int64, device=self._device)
+        first_U = torch.zeros(1, dtype=torch.int32, device=self._device)
+        for launch in self._launches:
+            self._run(launch, nothing_RC, first_U)
+
+    def _run(self, launch: _Launch, table_RC: Tensor, rows_U: Tensor) -> None:
         with device_of(self._device):
-            for launch in self._launches:
-                _copy_kernel[(launch.rows_U.numel(),)](
-                    launch.table_RC, launch.rows_U,
-                    FORM=launch.form, IS_ROUNDED=self._is_rounded, IS_ALIGNED=launch.is_aligned,
-                    TILE_BYTES=launch.tile.tile_bytes, UNIT_BYTES=launch.tile.unit_bytes,
-                    LOADED="evict_first" if launch.tile.is_streamed else "",
-                    STORED=".cs" if launch.tile.is_streamed else "",
-                    num_warps=launch.tile.warps,
-                )  # fmt: skip
+            _copy_kernel[(rows_U.numel(),)](
+                table_RC, rows_U,
+                FORM=launch.form, IS_ROUNDED=self._is_rounded, IS_ALIGNED=launch.is_aligned,
+                TILE_BYTES=launch.tile.tile_bytes, UNIT_BYTES=launch.tile.unit_bytes,
+                LOADED="evict_first" if launch.tile.is_streamed else "",
+                STORED=".cs" if launch.tile.is_streamed else "",
+                num_warps=launch.tile.warps,
+            )  # fmt: skip
 
     def _cut(self, rows_RC: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         """int64 [R, 3] twice: the whole vectors of rows where they can be moved, and everything else."""

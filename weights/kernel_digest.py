@@ -36,7 +36,7 @@ _SECOND = tl.constexpr(SECOND_FACTOR)
 class DigestTile:
     """How the work is cut. Every choice gives the same digests."""
 
-    blocks: int = 2
+    blocks: int = 1
     """4 KiB blocks that a program loads at once; a power of two."""
     unit_blocks: int = 64
     """Blocks that a program walks."""

@@ -69,11 +69,13 @@ class Known:
         key = offer.catalogue, offer.base is not None
         found = self._placements.get(key)
         if found is None:
-            if offer.tensors is None:
+            other = self._placements.get((offer.catalogue, not key[1]))  # a full update's may come as a subset, too
+            tensors = other.catalogue if offer.tensors is None and other is not None else offer.tensors
+            if tensors is None:
                 raise ManifestError(f"knows no catalogue {offer.catalogue:.8}: offer its tensors")
-            if offer.tensors.id != offer.catalogue:
-                raise ManifestError(f"the tensors are catalogue {offer.tensors.id:.8}, not {offer.catalogue:.8}")
-            found = Placement(offer.tensors, self._layout, self._parameters, subset=key[1])
+            if tensors.id != offer.catalogue:
+                raise ManifestError(f"the tensors are catalogue {tensors.id:.8}, not {offer.catalogue:.8}")
+            found = Placement(tensors, self._layout, self._parameters, subset=key[1])
             self._placements[key] = found
             while len(self._placements) > KEPT_CATALOGUES:
                 self._drop(self._placements.popitem(last=False)[0][0])
@@ -103,6 +105,9 @@ class Known:
 
     def join(self, join: Join) -> str:
         """Joins the way, in place of an earlier one; its name. TransportError if it cannot be joined."""
+        terms = join.wire if join.slots is None else join.slots
+        if terms is not None and self.way and terms.name == self.way:
+            return terms.name  # the request came twice: nobody waits there any more
         self._leave()
         if join.slots is not None:
             self._way = SlotWay(join.slots, self._reach)
@@ -122,6 +127,11 @@ class Known:
                 raise ManifestError(f"the terms are of lease {stage.terms.id:.8}, not {stage.lease:.8}")
             self._end_lease()
             self._lease = OpenLease(stage.terms, placement.catalogue, self._reach, self._device)
+        if self._lease.catalogue != placement.catalogue.id:
+            raise ManifestError(
+                f"lease {stage.lease:.8} is of catalogue {self._lease.catalogue:.8}, the update of "
+                f"{placement.catalogue.id:.8}"
+            )
         return self._lease
 
     def forget_learner(self) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from weights.aside import aside
 from weights.bucket import Piece
 from weights.catalogue import Catalogue
 from weights.digest import BLOCK_BYTES
@@ -121,6 +122,8 @@ class LaidOnDevice:
     def ready(self, placement: Placement) -> None:
         if placement not in self._copies:
             self._copies = {placement: self._copy_table(placement)}
+            with aside(self._device):
+                self._copies[placement].load()
 
     @cached_property
     def _seeds(self) -> Tensor:

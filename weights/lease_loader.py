@@ -51,7 +51,7 @@ class SlotCargo(Cargo):
     def buckets(self) -> int:
         return len(self._held.buckets(self.bucket_bytes))
 
-    def way(self, hosts: Sequence[str]) -> SlotTerms:
+    def way(self, joined: Mapping[str, str]) -> SlotTerms:
         return self._terms
 
     def prepare(self, bucket: int) -> None:

@@ -193,6 +193,7 @@ class OpenLease:
         """ManifestError if it is not that catalogue's, TransportError if a memory cannot be opened."""
         pieces = lease.pieces(catalogue)
         self.id = lease.id
+        self.catalogue = lease.catalogue
         self._memories: list[OpenMemory] = []
         try:
             for memory in lease.memories:
@@ -226,8 +227,10 @@ class LeasePayload:
     def stage(self, part: int, segment: Tensor | None) -> None:
         raise ManifestError("a leased update is staged by its lease, and none came")
 
-    def read(self, lease: OpenLease) -> None:
-        """Hashes the learner's memory; once."""
+    def read(self, part: int, lease: OpenLease) -> None:
+        """Hashes the learner's memory; once. ManifestError if there is no such part."""
+        if part >= self.stages:
+            raise ManifestError(f"part {part} is none of a leased update's {self.stages}")
         if self._lease is None:
             self._hashing.add(lease.tensors)
             self._lease = lease

@@ -52,6 +52,7 @@ from weights.messages import (
     Voted,
     Welcome,
 )
+from weights.publishing import Publishing
 from weights.rendezvous import DEFAULT_DEADLINE_S, Roster
 from weights.report import HostTimes, PublishReport
 from weights.source import Source
@@ -84,6 +85,7 @@ class Publisher:
         self.run = f"run-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}" if run is None else run
         WeightVersion(run=self.run, step=0, digest=ZERO)  # refuses a run that no version may have
         self._clock = clock
+        self._publishing: Publishing | None = None
         self._loader = transport.loader(bucket_bytes)
         self._links = Links(
             transport, publisher=f"{self.run} (process {os.getpid()} on {socket.gethostname()})", deadline_s=deadline_s
@@ -122,18 +124,62 @@ class Publisher:
         sent and not every host confirmed; names those that did, those torn, and those unknown. ValueError for a
         source that cannot be sent.
         """
+        return self._publish(source, step, base, digest, lambda: None)
+
+    def begin(
+        self, source: Source, step: int, *, base: Digest | None = None, digest: Digest | None = None
+    ) -> Publishing:
+        """As `publish`, in a thread of its own while the learner computes on; nothing else may be asked of this
+        publisher until it has ended. ValueError while another one is on its way.
+        """
+        if self._publishing is not None and not self._publishing.done:
+            raise ValueError("an update is on its way already: wait for its result first")
+        self._publishing = Publishing(lambda is_read: self._publish(source, step, base, digest, is_read))
+        return self._publishing
+
+    def close(self) -> None:
+        """Leaves the fleet: another publisher may connect. Segments that hosts still map live on with them."""
+        self._links.close()
+        self._loader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _publish(
+        self,
+        source: Source,
+        step: int,
+        base: Digest | None,
+        digest: Digest | None,
+        is_read: Callable[[], None],
+    ) -> PublishReport:
+        """is_read: called as soon as the source is read no more, if that is before the end."""
         WeightVersion(run=self.run, step=step, digest=ZERO)  # refuses a step that no version may have
         try:
-            return self._publish(source, step, base, digest)
+            return self._bring(source, step, base, digest, is_read)
         finally:
             self._loader.unload()
 
-    def _publish(self, source: Source, step: int, base: Digest | None, digest: Digest | None) -> PublishReport:
+    def _bring(
+        self,
+        source: Source,
+        step: int,
+        base: Digest | None,
+        digest: Digest | None,
+        is_read: Callable[[], None],
+    ) -> PublishReport:
         marks = [self._clock()]
         welcomes = self._links.greet()
         marks.append(self._clock())
         tied = {alias: name for welcome in welcomes.values() for alias, name in welcome.tied.items()}
         cargo = self._loader.load(source, tied)
+        if cargo.delivery is Delivery.SEGMENTS:
+            is_read()
         marks.append(self._clock())
         update = uuid.uuid4().hex
         self._join(cargo, welcomes)
@@ -142,6 +188,8 @@ class Publisher:
             version = self._offer(update, step, base, digest, cargo, welcomes)
             marks.append(self._clock())
             self._stage(update, cargo, welcomes)
+            if cargo.delivery is Delivery.SHADOW:
+                is_read()
             marks.append(self._clock())
             self._vote(update, cargo.manifest.digest)
             marks.append(self._clock())
@@ -169,22 +217,9 @@ class Publisher:
             },
         )
 
-    def close(self) -> None:
-        """Leaves the fleet: another publisher may connect. Segments that hosts still map live on with them."""
-        self._links.close()
-        self._loader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _join(self, cargo: Cargo, welcomes: dict[str, Welcome]) -> None:
         """Brings all hosts to where the cargo's buckets come, unless they are there."""
-        way = cargo.way(tuple(welcomes))
+        way = cargo.way({host: welcome.way for host, welcome in welcomes.items()})
         if way is None or all(welcome.way == way.name for welcome in welcomes.values()):
             return
         self._agree(
@@ -323,34 +358,55 @@ class Publisher:
         return self._end(version, lambda sequence: Commit(sequence=sequence, update=update), update, may_call_off=True)
 
     def _deliver(self, update: str, version: WeightVersion, cargo: Cargo) -> None:
-        """Brings every bucket to every host. CommitIncomplete where one does not take it: all are torn then."""
-        for bucket in range(cargo.buckets):
+        """Brings every bucket to every host. CommitIncomplete where one does not take it: those that have any are torn
+        then.
+        """
+        complete = False
+        try:
+            for bucket in range(cargo.buckets):
 
-            def deliver(sequence: int, bucket: int = bucket) -> Request:
-                return Deliver(sequence=sequence, update=update, bucket=bucket)
+                def deliver(sequence: int, bucket: int = bucket) -> Request:
+                    return Deliver(sequence=sequence, update=update, bucket=bucket)
 
-            def transmit(bucket: int = bucket) -> None:
-                cargo.transmit(bucket)
-                if bucket + 1 < cargo.buckets:
-                    cargo.prepare(bucket + 1)  # in another slot, while the hosts write this one
+                def transmit(bucket: int = bucket) -> None:
+                    cargo.transmit(bucket)
+                    if bucket + 1 < cargo.buckets:
+                        cargo.prepare(bucket + 1)  # in another slot, while the hosts write this one
 
-            replies, faults = self._links.call(deliver, meanwhile=transmit)
-            for host, reply in replies.items():
-                if isinstance(reply, Refused):
-                    faults[host] = reply.reason
-                elif not isinstance(reply, Delivered) or reply.bucket != bucket:
-                    faults[host] = f"answered {reply!r:.200}"
-            if faults:
-                hosts = self._links.hosts
-                for host in hosts:
-                    self._links.part(host)  # each notices, and is torn: some of the update is written
+                replies, faults = self._links.call(deliver, meanwhile=transmit)
+                written = set(self._links.hosts) if bucket else set()
+                for host, reply in replies.items():
+                    if isinstance(reply, Refused):
+                        faults[host] = reply.reason
+                        if reply.state is State.TORN:
+                            written.add(host)
+                    elif isinstance(reply, Delivered) and reply.bucket == bucket:
+                        written.add(host)
+                    else:
+                        faults[host] = f"answered {reply!r:.200}"
+                if faults:
+                    raise self._broken_off(version, f"bucket {bucket} of {cargo.buckets}", faults, written)
+            complete = True
+        finally:
+            if not complete:
+                for host in self._links.hosts:
+                    self._links.part(host)  # each notices: it is torn, or settles if nothing is written there
                 self._loader.doubt()
-                torn = {host: faults.get(host, "the update ended half-way, at another host's fault") for host in hosts}
-                text = (
-                    f"the commit of {version} ended at bucket {bucket} of {cargo.buckets}: no host serves until a "
-                    "complete commit. Publish again"
-                )
-                raise CommitIncomplete(blame(text, torn), (), torn, {})
+
+    def _broken_off(
+        self, version: WeightVersion, at: str, faults: dict[str, str], written: set[str]
+    ) -> CommitIncomplete:
+        reasons = {
+            host: faults.get(host, "the update ended half-way, at another host's fault") for host in self._links.hosts
+        }
+        torn = {host: reason for host, reason in reasons.items() if host in written}
+        unknown = {host: reason for host, reason in reasons.items() if host not in written}
+        text = (
+            f"the commit of {version} ended at {at}. Torn, serving nothing: {', '.join(torn) or 'none'}. "
+            f"Unknown, settling with their siblings: {', '.join(unknown) or 'none'}. "
+            "Publish again: a complete commit heals every host"
+        )
+        return CommitIncomplete(blame(text, reasons), (), torn, unknown)
 
     def _end(
         self, version: WeightVersion, build: Callable[[int], Request], update: str, *, may_call_off: bool = False

@@ -64,6 +64,8 @@ from weights.staging import StagedUpdate
 from weights.state import Intent, Outcome, State
 from weights.version import WeightVersion
 
+LOST_DELIVERING = "the publisher was lost while it delivered the update"
+
 
 class Receiver:
     """One host's hosted parameters and the update under way on them. Safe to call from several threads."""
@@ -173,7 +175,7 @@ class Receiver:
         one with a vote waits for `settle`. Whatever was leased or joined is let go, apart from that one's.
         """
         with self._lock:
-            self._course.interrupt("the publisher was lost while it delivered the update")
+            self._course.interrupt(LOST_DELIVERING)
             if self._course.state is State.OFFERED:
                 self._course.forget()
             waits = self._course.state is State.STAGED
@@ -187,7 +189,9 @@ class Receiver:
         Without a vote: aborted. With one: as `settlement.py` has it. It may take `silence_s`.
         """
         with self._lock:
+            self._course.interrupt(LOST_DELIVERING)
             if self._course.update is None:
+                self._known.forget_learner()  # a sibling may have ended it since `lost`
                 return None
             update = self._course.update.offer.update
             if self._course.state is not State.STAGED:
@@ -253,7 +257,7 @@ class Receiver:
             return self._refuse(join, f"update {self._course.update.offer.update} is under way; it ends first")
         try:
             return Joined(sequence=join.sequence, way=self._known.join(join))
-        except (WeightsError, RuntimeError) as error:
+        except (WeightsError, ValueError, RuntimeError) as error:
             return self._refuse(join, f"cannot join the learner's way for buckets: {error}")
 
     def _offer(self, offer: Offer) -> Reply:
@@ -297,7 +301,7 @@ class Receiver:
         if self._course.state is State.OFFERED:
             try:
                 if isinstance(update.payload, LeasePayload):
-                    update.payload.read(self._known.opened(stage, update.placement))
+                    update.payload.read(stage.bucket, self._known.opened(stage, update.placement))
                 else:
                     update.payload.stage(stage.bucket, segment)
             except (WeightsError, RuntimeError, OSError) as error:

@@ -1,7 +1,7 @@
 """WireLoader: broadcasts a learner's tensors to all hosts, bucket by bucket, two of them in memory at a time."""
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -37,16 +37,25 @@ class Sender:
         device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
         self.slots = tuple(torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS))
 
-    def terms(self, hosts: Sequence[str]) -> WireTerms:
-        """Of a wire to these hosts: the one that works, or one that is still to be opened."""
+    def terms(self, joined: Mapping[str, str]) -> WireTerms:
+        """Of a wire to these hosts: the one that works and that all of them are on, or one that is still to be opened.
+
+        A host that has left cannot come back to the same one: its rank is taken, and what was sent since is gone.
+        """
         works = self._wire is not None and self._wire.alive
-        if self._terms is None or not works or self._terms.hosts != tuple(hosts):
+        hosts = tuple(joined)
+        if (
+            self._terms is None
+            or not works
+            or self._terms.hosts != hosts
+            or any(name != self._terms.name for name in joined.values())
+        ):
             self.close_wire()
             if self._store is None:
                 self._store = serve_store()
             name = f"wire-{uuid.uuid4().hex}"
             self._terms = WireTerms(
-                name, self._store_host, self._store.port, self._backend, tuple(hosts), self._bucket_bytes
+                name, self._store_host, self._store.port, self._backend, hosts, self._bucket_bytes
             )
         return self._terms
 
@@ -108,8 +117,8 @@ class WireCargo(Cargo):
     def _packed(self) -> tuple[Bucket, ...]:
         return self._held.buckets(self.bucket_bytes)
 
-    def way(self, hosts: Sequence[str]) -> WireTerms:
-        return self._sender.terms(hosts)
+    def way(self, joined: Mapping[str, str]) -> WireTerms:
+        return self._sender.terms(joined)
 
     def meet(self) -> None:
         self._sender.open()

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from rollout.arrivals import keeps_shadow
 from rollout.cli.memory import HostMemory, Room, host_memory, refuse_shortage, room
 from rollout.cli.terminal import amount, show, show_json, show_table
 from rollout.config import RolloutConfig
@@ -90,9 +91,22 @@ def _updates(config: RolloutConfig, need: HostMemory) -> str:
         return "none (weights.transport is null)"
     where = f", steps in {config.weights.folder}" if config.weights.folder is not None else ""
     return (
-        f"{config.weights.transport}{where}; one in flight holds about {amount(need.parameters)} more of this "
-        f"machine's memory; running requests: {config.weights.requests_in_flight}"
+        f"{config.weights.transport}{where}; {_staging(config, need)}; "
+        f"running requests: {config.weights.requests_in_flight}"
     )
+
+
+def _staging(config: RolloutConfig, need: HostMemory) -> str:
+    """What an update takes while it is under way, and what a host does whose learner dies in its commit."""
+    buckets = f"two buckets of {config.weights.bucket_mib} MiB"
+    if config.weights.transport == "cuda_ipc":
+        return f"read from the learner's device memory, or through {buckets} there; a learner lost in a commit: torn"
+    if config.weights.transport != "nccl":
+        return f"one in flight holds about {amount(need.parameters)} more of this machine's memory"
+    if keeps_shadow(config, need.parameters):
+        each = amount(need.parameters)
+        return f"a full second copy in this machine's memory ({each} per host) and {buckets} at each end"
+    return f"written in place as it comes, {buckets} at each end; a learner lost in a commit: torn"
 
 
 def _router(config: RolloutConfig, router: RouterSpec) -> str:

@@ -17,13 +17,13 @@ from rollout import HostStatus, RolloutConfig
 from rollout.cli import main
 from rollout.cli.fault import described, one_line
 from rollout.cli.memory import HostMemory, Room, host_memory, refuse_shortage
-from rollout.machine_memory import available_bytes
 from rollout.cli.prompts import prompts_of
 from rollout.cli.stopping import stoppable
 from rollout.cli.terminal import amount
 from rollout.cli.text import Text
 from rollout.cli.verify import judged
 from rollout.errors import ConfigError, DeadlineExceeded, HostFailed
+from rollout.machine_memory import available_bytes
 from rollout.model.hosted import HostedModel
 from rollout.prospect import prospect_of
 from rollout.status import FleetStatus

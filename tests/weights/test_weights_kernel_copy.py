@@ -42,6 +42,8 @@ def copy_same(table: type[CopyTable | PackTable], offsets: tuple[int, int], tile
     choice = {} if tile is None else {"tile": tile}
     copies = table(*columns, column(SIZES), torch.zeros(len(SIZES), dtype=torch.int64), device=DEVICE, **choice)
     assert copies.bytes == sum(SIZES)
+    copies.load()
+    assert torch.equal(memory, before), "kernels are loaded without copying"
     copies.run()
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source, target)

@@ -4,9 +4,10 @@ import weights
 import weights.disk
 
 PUBLIC = """
-Catalogue CommitIncomplete DeadlineExceeded Digest Digests ExpertRows FolderError HostTimes HostedLayout HostedSlice Manifest
-ManifestError MessageError PublishReport Publisher Receiver Roster RosterError RosterHost Rows Rule Serving Sibling
-State TensorSpec TransportError UpdateAborted WeightVersion WeightsError Whole runtime_directory tensor_digest to_wire
+Catalogue CommitIncomplete DeadlineExceeded Digest Digests ExpertRows FolderError HostTimes HostedLayout HostedSlice
+Manifest ManifestError MessageError PublishReport Publisher Publishing Receiver Roster RosterError RosterHost Rows Rule
+Serving Sibling State TensorSpec TransportError UpdateAborted WeightVersion WeightsError Whole gathered rounded
+runtime_directory take_part tensor_digest to_wire
 """
 
 

@@ -1,6 +1,8 @@
 """What a learner may publish, what it is told, and what stays behind."""
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +10,14 @@ from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, MemoryFleet, hoste
 from torch import Tensor, nn
 
 from weights.digest import Digest, tensor_digest
-from weights.errors import UpdateAborted
+from weights.errors import DeadlineExceeded, UpdateAborted
 from weights.gather import SegmentPool, gather
 from weights.naming import HostedLayout, Whole, to_wire
 from weights.publisher import Publisher
 from weights.state import State
 from weights.transports.faults import Fault, FaultKind
 from weights.transports.memory import MemoryTransport, SimulatedClock
+from weights.version import WeightVersion
 
 
 class Learner(nn.Module):
@@ -304,3 +307,46 @@ def test_hosts_that_host_different_tensors_are_named_before_anything_is_offered(
         publisher.publish(STATE, 1)
     assert list(caught.value.hosts) == ["b"]
     assert {host.receiver.state for host in hosts.values()} == {State.IDLE}
+
+
+def test_an_update_goes_its_way_while_the_learner_computes_on() -> None:
+    fleet = MemoryFleet()
+    publishing = fleet.publisher.begin(STATE, 1)
+    publishing.wait_for_source(30)
+    report = publishing.result(30)
+    assert publishing.done
+    assert report.version.step == 1
+    assert all(host.holds(STATE) for host in fleet.hosts.values())
+
+
+def test_a_learner_may_write_to_its_weights_once_they_are_copied() -> None:
+    fleet = MemoryFleet()
+    gate = threading.Event()
+    offer = fleet.publisher._offer
+
+    def held_back(*arguments: Any) -> WeightVersion:
+        assert gate.wait(30)
+        return offer(*arguments)
+
+    fleet.publisher._offer = held_back  # type: ignore[method-assign]
+    state = learner_state(1)
+    publishing = fleet.publisher.begin(state, 1)
+    publishing.wait_for_source(30)
+    assert not publishing.done
+    with pytest.raises(ValueError, match="on its way already"):
+        fleet.publisher.begin(state, 2)
+    with pytest.raises(DeadlineExceeded, match="the update to end"):
+        publishing.result(0.01)
+    for tensor in state.values():
+        tensor.zero_()
+    gate.set()
+    publishing.result(30)
+    assert all(host.holds(learner_state(1)) for host in fleet.hosts.values())
+
+
+def test_what_goes_wrong_on_its_way_is_raised_to_whoever_asks() -> None:
+    fleet = MemoryFleet()
+    publishing = fleet.publisher.begin({"model.norm.weight": torch.zeros(3)}, 1)
+    with pytest.raises(UpdateAborted, match="missing"):
+        publishing.result(30)
+    publishing.wait_for_source(0)

@@ -5,7 +5,7 @@ simulated clock.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,14 +52,23 @@ class MemoryTransport:
     """A fleet in this process, as its publisher and as siblings see it."""
 
     def __init__(
-        self, receivers: Mapping[str, Receiver], clock: SimulatedClock, *, silence_s: float, deadline_s: float = 1.0
+        self,
+        receivers: Mapping[str, Receiver],
+        clock: SimulatedClock,
+        *,
+        silence_s: float,
+        deadline_s: float = 1.0,
+        load: "Callable[[MemoryTransport, int], Loader] | None" = None,
     ) -> None:
-        """silence_s: the receivers' own. deadline_s: what a host gives a sibling to answer."""
+        """silence_s: the receivers' own. deadline_s: what a host gives a sibling to answer. load: makes the loader of
+        (this transport, bucket_bytes); left out, updates travel in segments.
+        """
         self.clock = clock
         self.settlements: list[tuple[str, Settlement]] = []
         """(host, how it ended an update without its publisher), in order."""
         self._silence_s = silence_s
         self._deadline_s = deadline_s
+        self._load = load
         self._wires = {host: _Wire(receiver) for host, receiver in receivers.items()}
         self._links: dict[str, MemoryLink] = {}
         self.unreachable: set[str] = set()
@@ -90,17 +99,23 @@ class MemoryTransport:
         return MemorySegment(size)
 
     def loader(self, bucket_bytes: int) -> Loader:
-        return SegmentLoader(self, bucket_bytes)
+        return SegmentLoader(self, bucket_bytes) if self._load is None else self._load(self, bucket_bytes)
 
     def siblings(self, host: str) -> "tuple[MemorySibling, ...]":
         """The others in the roster; a host that ended is in it still."""
         return tuple(MemorySibling(self, other, self._deadline_s) for other in self._wires if other != host)
 
     def fall_silent(self) -> None:
-        """Time passes until every host has heard nothing for too long; each settles."""
+        """Time passes until every host with an update under way has heard nothing for too long: it ends the connection,
+        and settles.
+        """
         self.clock.advance(self._silence_s)
         for host in self.hosts():
-            self.settle(host)
+            receiver = self._wires[host].receiver
+            if receiver.silence_left_s is not None:
+                self._links.pop(host, None)
+                if receiver.lost():
+                    self.settle(host)
 
     def lose_publisher(self) -> None:
         """The learner dies: every connection ends."""
