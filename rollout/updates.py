@@ -14,6 +14,8 @@ from weights.messages import (
     Abort,
     Commit,
     Committed,
+    Deliver,
+    Finish,
     Offer,
     Offered,
     Refused,
@@ -92,7 +94,7 @@ class UpdateLog:
                 case Abort(), _ if request.update == self._update and self._marks:
                     self.called_off += 1
                     self._marks = {}
-                case Commit(), Refused() if reply.state is State.TORN:
+                case Commit() | Deliver() | Finish(), Refused() if reply.state is State.TORN:
                     self._marks = {}
                 case _, Refused():
                     self.refused += 1

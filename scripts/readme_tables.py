@@ -117,6 +117,35 @@ def gate(found: Json) -> str:
     return table(heads, rows) + _machine({"versions": {"torch": found["torch"], "triton": found["triton"]}, **found})
 
 
+def reload(found: Json) -> str:
+    """Seconds of hot reloads by transport: medians without the first update, the worst in brackets."""
+    heads = (
+        *("transport", "where", "GB", "updates", "whole update, s", "GB/s"),
+        *("between two steps, ms", "to the first new token, s", "a step, ms", "extra device memory, MiB"),
+    )
+    rows = [
+        (
+            row["transport"],
+            row["devices"],
+            f"{row['bytes'] / 1e9:.1f}",
+            str(row["updates"]),
+            _worst(row["seconds"], 1.0, 2),
+            f"{row['bytes'] / 1e9 / statistics.median(row['seconds'][1:]):.0f}",
+            _worst(row["between_steps_s"], 1e3, 0),
+            _worst(row["to_new_token_s"], 1.0, 2),
+            f"{row['step_s'] * 1e3:.0f}",
+            f"{row['extra_device_bytes'] / 2**20:,.0f}",
+        )
+        for row in found["rows"]
+    ]
+    return table(heads, rows) + _machine(found)
+
+
+def _worst(values: Sequence[float], scale: float, digits: int) -> str:
+    kept = [value * scale for value in values[1:]]
+    return f"{statistics.median(kept):.{digits}f} ({max(kept):.{digits}f})"
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Json], str]]] = {
     "routing bits": ("routing.json", routing_bits),
     "routing speed": ("routing.json", routing_speed),
@@ -124,6 +153,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Json], str]]] = {
     "bounds": ("routing.json", bounds),
     "replay gap": ("replay_gap.json", replay_gap),
     "gate": ("gate.json", gate),
+    "reload": ("reload.json", reload),
 }
 """Name -> the file that it is made of, and how."""
 

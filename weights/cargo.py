@@ -84,8 +84,8 @@ class Loader(Protocol):
         """
         ...
 
-    def unload(self) -> None:
-        """The update is at its end: holds on to none of the learner's tensors."""
+    def unload(self, *, complete: bool) -> None:
+        """The update is at its end: holds on to none of the learner's tensors. complete: every host took all of it."""
         ...
 
     def doubt(self) -> None:

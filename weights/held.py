@@ -38,9 +38,9 @@ class Held:
     """
 
     def __init__(self, named: Named, tied: Mapping[str, str]) -> None:
-        self._print = fingerprint(named)
+        self._print = [(name, _identity(tensor)) for name, tensor in named.items()]
         self._named: Named = named
-        wire = list(to_wire(named, keep_tied=True))
+        wire = list(to_wire(named.items(), keep_tied=True))
         kept = [(name, tensor) for name, tensor in wire if name not in tied]
         devices = {tensor.device for _, tensor in kept}
         faults = [f"{name}: not contiguous" for name, tensor in kept if not tensor.is_contiguous()]
@@ -69,15 +69,20 @@ class Held:
         self._buckets: dict[int, tuple[Bucket, ...]] = {}
 
     def take(self, named: Named) -> bool:
-        """Whether these are the same tensors in the same places; they are held again then."""
-        if fingerprint(named) != self._print:
+        """Whether these are the same names with the same memory; they are held again then."""
+        # Nothing here outlives its turn of the loop: tens of thousands of new objects would call Python's collector,
+        # which takes longer in a large learner than all the rest of an update.
+        if len(named) != len(self._print) or not all(
+            name == known and _identity(tensor) == identity
+            for (name, tensor), (known, identity) in zip(named.items(), self._print, strict=True)
+        ):
             return False
         self._named = named
         return True
 
     def let_go(self) -> None:
         """Holds on to nothing. On a CPU it is of no more use."""
-        self._named = self.data = ()
+        self._named, self.data = {}, ()
         self._laid.let_go()
 
     def digests(self) -> Digests:
@@ -90,7 +95,7 @@ class Held:
             lanes_N2 = self.catalogue.headers.to(self.device, copy=True)
             self._laid.add_lanes(lanes_N2)
             found = Digests.of_lanes(lanes_N2)
-        places, tensors = self.catalogue.places, dict(self._named) if self._apart else {}
+        places, tensors = self.catalogue.places, self._named
         untied = {
             name: host
             for name, host in self._apart.items()
@@ -132,9 +137,9 @@ class Held:
         return CopyTable(source_R, target_R, bytes_R, torch.full_like(bytes_R, Form.SAME), device=slot.device)
 
 
-def fingerprint(named: Named) -> tuple[tuple[object, ...], ...]:
-    """Equal for the same names with the same memory; not a word about content."""
-    return tuple((name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in named)
+def _identity(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...], torch.dtype]:
+    """Equal for the same memory, seen alike; not a word about content."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def untied_error(tied: Mapping[str, str]) -> ValueError:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from weights.aside import aside
+from weights.aside import aside, settled
 from weights.bucket import Bucket, pack
 from weights.delivery import Delivery
 from weights.errors import ManifestError
@@ -174,11 +174,13 @@ class Known:
 
     def _end_lease(self) -> None:
         if self._lease is not None:
+            settled(self._device)  # what still reads it does so until then
             self._lease.close()
             self._lease = None
 
     def _leave(self) -> None:
         if self._way is not None:
+            settled(self._device)
             self._way.close()
             self._way = None
             self._laid = {}

@@ -92,8 +92,8 @@ class LeaseLoader:
             self._slots.append(self._exporter.buffer(self._bucket_bytes, held.device))
         return SlotCargo(manifest, held, self._slots, bucket_bytes=self._bucket_bytes)
 
-    def unload(self) -> None:
-        self._segments.unload()
+    def unload(self, *, complete: bool) -> None:
+        self._segments.unload(complete=complete)
         if self._held is not None:
             self._held.let_go()
             if self._held.device.type == "cpu":

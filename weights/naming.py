@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Protocol
 
@@ -199,7 +200,7 @@ class HostedLayout(Mapping[str, HostedSlice]):
     def __len__(self) -> int:
         return len(self._slices)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits: two layouts share them if they host the same wire tensors in the same dtypes."""
         lines = [f"{name}\t{list(at.shape)}\t{dtype_name(at.dtype)}" for name, at in sorted(self._slices.items())]

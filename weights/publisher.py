@@ -160,10 +160,13 @@ class Publisher:
     ) -> PublishReport:
         """is_read: called as soon as the source is read no more, if that is before the end."""
         WeightVersion(run=self.run, step=step, digest=ZERO)  # refuses a step that no version may have
+        complete = False
         try:
-            return self._bring(source, step, base, digest, is_read)
+            report = self._bring(source, step, base, digest, is_read)
+            complete = True
         finally:
-            self._loader.unload()
+            self._loader.unload(complete=complete)
+        return report
 
     def _bring(
         self,
@@ -345,10 +348,10 @@ class Publisher:
         if cargo.delivery is Delivery.STREAM:
             begun = False
             try:
+                cargo.prepare(0)
                 self._agree(
                     "begun", lambda sequence: Commit(sequence=sequence, update=update), lambda r: isinstance(r, Begun)
                 )
-                cargo.prepare(0)
                 begun = True
             finally:
                 if not begun:
@@ -359,54 +362,52 @@ class Publisher:
 
     def _deliver(self, update: str, version: WeightVersion, cargo: Cargo) -> None:
         """Brings every bucket to every host. CommitIncomplete where one does not take it: those that have any are torn
-        then.
+        then, and the rest settle.
         """
-        complete = False
+        bucket = 0
         try:
-            for bucket in range(cargo.buckets):
-
-                def deliver(sequence: int, bucket: int = bucket) -> Request:
-                    return Deliver(sequence=sequence, update=update, bucket=bucket)
-
-                def transmit(bucket: int = bucket) -> None:
-                    cargo.transmit(bucket)
-                    if bucket + 1 < cargo.buckets:
-                        cargo.prepare(bucket + 1)  # in another slot, while the hosts write this one
-
-                replies, faults = self._links.call(deliver, meanwhile=transmit)
-                written = set(self._links.hosts) if bucket else set()
-                for host, reply in replies.items():
-                    if isinstance(reply, Refused):
-                        faults[host] = reply.reason
-                        if reply.state is State.TORN:
-                            written.add(host)
-                    elif isinstance(reply, Delivered) and reply.bucket == bucket:
-                        written.add(host)
-                    else:
-                        faults[host] = f"answered {reply!r:.200}"
+            while bucket < cargo.buckets:
+                faults, written = self._deliver_one(update, bucket, cargo)
                 if faults:
-                    raise self._broken_off(version, f"bucket {bucket} of {cargo.buckets}", faults, written)
-            complete = True
+                    whole = "the update ended half-way, at another host's fault"
+                    reasons = {host: faults.get(host, whole) for host in self._links.hosts}
+                    torn = {host: reason for host, reason in reasons.items() if bucket or host in written}
+                    unknown = {host: reason for host, reason in reasons.items() if host not in torn}
+                    text = (
+                        f"the commit of {version} ended at bucket {bucket} of {cargo.buckets}. Torn, serving nothing: "
+                        f"{', '.join(torn) or 'none'}. Unknown, settling with their siblings: "
+                        f"{', '.join(unknown) or 'none'}. Publish again: a complete commit heals every host"
+                    )
+                    raise CommitIncomplete(blame(text, reasons), (), torn, unknown)
+                bucket += 1
         finally:
-            if not complete:
+            if bucket < cargo.buckets:
                 for host in self._links.hosts:
                     self._links.part(host)  # each notices: it is torn, or settles if nothing is written there
                 self._loader.doubt()
 
-    def _broken_off(
-        self, version: WeightVersion, at: str, faults: dict[str, str], written: set[str]
-    ) -> CommitIncomplete:
-        reasons = {
-            host: faults.get(host, "the update ended half-way, at another host's fault") for host in self._links.hosts
-        }
-        torn = {host: reason for host, reason in reasons.items() if host in written}
-        unknown = {host: reason for host, reason in reasons.items() if host not in written}
-        text = (
-            f"the commit of {version} ended at {at}. Torn, serving nothing: {', '.join(torn) or 'none'}. "
-            f"Unknown, settling with their siblings: {', '.join(unknown) or 'none'}. "
-            "Publish again: a complete commit heals every host"
+    def _deliver_one(self, update: str, bucket: int, cargo: Cargo) -> tuple[dict[str, str], set[str]]:
+        """The hosts that did not take it, and why; and those that say that they have written some of the update."""
+
+        def transmit() -> None:
+            cargo.transmit(bucket)
+            if bucket + 1 < cargo.buckets:
+                cargo.prepare(bucket + 1)  # in another slot, while the hosts write this one
+
+        replies, faults = self._links.call(
+            lambda sequence: Deliver(sequence=sequence, update=update, bucket=bucket), meanwhile=transmit
         )
-        return CommitIncomplete(blame(text, reasons), (), torn, unknown)
+        written = set()
+        for host, reply in replies.items():
+            if isinstance(reply, Delivered) and reply.bucket == bucket:
+                written.add(host)
+            elif isinstance(reply, Refused):
+                faults[host] = reply.reason
+                if reply.state is State.TORN:
+                    written.add(host)
+            else:
+                faults[host] = f"answered {reply!r:.200}"
+        return faults, written
 
     def _end(
         self, version: WeightVersion, build: Callable[[int], Request], update: str, *, may_call_off: bool = False

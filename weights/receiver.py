@@ -134,9 +134,13 @@ class Receiver:
 
     @property
     def silence_left_s(self) -> float | None:
-        """Seconds until the update under way has heard nothing for too long; None without an update."""
+        """Seconds until the publisher has said nothing for too long, while an update is under way or the host is torn:
+        a learner that is frozen must not keep the one away that would heal it. None otherwise.
+        """
         with self._lock:
-            return None if self._course.update is None else self._heard_at + self._silence_s - self._clock()
+            if self._course.update is None and self._course.state is not State.TORN:
+                return None
+            return self._heard_at + self._silence_s - self._clock()
 
     def handle(self, request: Request, segment: Tensor | None = None) -> Reply:
         """Answers one request. `segment`: flat uint8, the payload of a Stage.

@@ -33,7 +33,7 @@ class SegmentLoader:
     def load(self, source: Source, tied: Mapping[str, str]) -> SegmentCargo:
         return SegmentCargo(gather(source, tied, self._pool, self._bucket_bytes), bucket_bytes=self._bucket_bytes)
 
-    def unload(self) -> None:
+    def unload(self, *, complete: bool) -> None:
         """It holds copies only."""
 
     def doubt(self) -> None:

@@ -1,6 +1,6 @@
 """Source: what a learner may publish, and its tensors by name."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,8 @@ Source = torch.nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 """A module, a state dict, or pairs of name and tensor that are gathered one by one. A module or a state dict may hold
 sharded tensors: they are gathered from the learner's other ranks, which call `take_part`."""
 
-Named = Sequence[tuple[str, Tensor]]
+Named = Mapping[str, Tensor]
+"""A learner's tensors where they stay, by its own names."""
 
 
 def in_place(source: Source) -> Named | None:
@@ -21,7 +22,7 @@ def in_place(source: Source) -> Named | None:
     tensors = source.state_dict() if isinstance(source, torch.nn.Module) else source
     if not isinstance(tensors, Mapping) or any(is_sharded(tensor) for tensor in tensors.values()):
         return None
-    return tuple(tensors.items())
+    return tensors
 
 
 @contextmanager

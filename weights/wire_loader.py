@@ -36,6 +36,8 @@ class Sender:
         self._terms: WireTerms | None = None
         device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
         self.slots = tuple(torch.empty(bucket_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS))
+        self.has_sent = False
+        """Something of the update that was loaded last."""
 
     def terms(self, joined: Mapping[str, str]) -> WireTerms:
         """Of a wire to these hosts: the one that works and that all of them are on, or one that is still to be opened.
@@ -54,9 +56,7 @@ class Sender:
             if self._store is None:
                 self._store = serve_store()
             name = f"wire-{uuid.uuid4().hex}"
-            self._terms = WireTerms(
-                name, self._store_host, self._store.port, self._backend, hosts, self._bucket_bytes
-            )
+            self._terms = WireTerms(name, self._store_host, self._store.port, self._backend, hosts, self._bucket_bytes)
         return self._terms
 
     def open(self) -> None:
@@ -78,6 +78,7 @@ class Sender:
         """To all hosts. TransportError if it does not arrive."""
         if self._wire is None or not self._wire.alive:
             raise TransportError("the wire to the hosts is broken")
+        self.has_sent = True
         self._wire.broadcast(self.slots[slot][:size], 0, self._deadline_s)
 
     def close_wire(self, *, keep_terms: bool = False) -> None:
@@ -154,6 +155,7 @@ class WireLoader:
     def load(self, source: Source, tied: Mapping[str, str]) -> WireCargo:
         if self._sender is None:
             self._sender = self._make_sender()
+        self._sender.has_sent = False
         held = self._hold(source, tied)
         return WireCargo(
             Manifest(held.catalogue, held.digests()),
@@ -163,7 +165,11 @@ class WireLoader:
             bucket_bytes=self._bucket_bytes,
         )
 
-    def unload(self) -> None:
+    def unload(self, *, complete: bool) -> None:
+        if self._sender is not None and self._sender.has_sent and not complete:
+            # Some host may have taken fewer buckets than were sent, and nothing on the wire says which one comes: it
+            # would be behind for ever.
+            self._sender.close_wire()
         if self._held is not None:
             self._held.let_go()
             if self._held.device.type == "cpu":
@@ -195,8 +201,10 @@ class WireLoader:
 
 def copied(source: Source) -> Named:
     """All tensors, copied into this process's host memory, under their wire names."""
-    found: list[tuple[str, Tensor]] = []
+    found: dict[str, Tensor] = {}
     with named_pairs(source) as pairs:
         for name, tensor in to_wire(pairs, keep_tied=True):
-            found.append((name, tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)))
+            if name in found:
+                raise ValueError(f"{name} comes twice; an update holds every tensor once")
+            found[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return found

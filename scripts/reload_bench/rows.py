@@ -53,8 +53,8 @@ def row_of(
             each[1].ended_s - start for each, start in zip(taken, starts, strict=True) if each is not None
         ),
         "step_s": rounded([median(step.ended_s - step.began_s for step in steps)])[0] if steps else None,
-        "extra_device_bytes": max(extra_bytes[1:], default=0),
-        "extra_device_bytes_first": extra_bytes[0],
+        "extra_device_bytes": max(extra_bytes),
+        "extra_device_bytes_later": max(extra_bytes[1:], default=0),
         "gb_per_s": round(bytes_ / 1e9 / median(seconds[1:] or seconds), 1),
         "wrong_tensors": len(wrong),
         "verified": verified,

@@ -196,7 +196,9 @@ class HostServer:
                 self._reply(stream, reply)
                 del segment  # the receiver keeps what it needs: nothing here may hold a mapping until the next message
                 if not stream.readable(self._receiver.silence_left_s):
-                    _LOG.warning("%s: the publisher fell silent during an update", self._receiver.host)
+                    _LOG.warning(
+                        "%s: the publisher fell silent during an update, or beside a torn host", self._receiver.host
+                    )
                     return
                 request, segment = self._next(stream)
         except MessageError as error:
