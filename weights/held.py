@@ -40,6 +40,7 @@ class Held:
     def __init__(self, named: Named, tied: Mapping[str, str]) -> None:
         self._print = [(name, _identity(tensor)) for name, tensor in named.items()]
         self._named: Named = named
+        self._tied = frozenset(tied)
         wire = list(to_wire(named.items(), keep_tied=True))
         kept = [(name, tensor) for name, tensor in wire if name not in tied]
         devices = {tensor.device for _, tensor in kept}
@@ -53,8 +54,7 @@ class Held:
         self.catalogue = Catalogue(
             TensorSpec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in kept
         )
-        self.data: tuple[Tensor, ...] = tuple(wire_bytes(tensor) for _, tensor in kept)
-        """The bytes of each tensor, in the catalogue's order; flat uint8, no copies. Empty after `let_go`."""
+        self._data: tuple[Tensor, ...] = tuple(wire_bytes(tensor) for _, tensor in kept)
         self._addresses = [data.data_ptr() for data in self.data]
         places = self.catalogue.places
         self._apart = {
@@ -80,9 +80,17 @@ class Held:
         self._named = named
         return True
 
+    @property
+    def data(self) -> tuple[Tensor, ...]:
+        """The bytes of each tensor, in the catalogue's order; flat uint8, no copies. Empty after `let_go`."""
+        if not self._data and self._named:  # taken again, which does not look at each of them until it has to
+            wire = to_wire(self._named.items(), keep_tied=True)
+            self._data = tuple(wire_bytes(tensor) for name, tensor in wire if name not in self._tied)
+        return self._data
+
     def let_go(self) -> None:
         """Holds on to nothing. On a CPU it is of no more use."""
-        self._named, self.data = {}, ()
+        self._named, self._data = {}, ()
         self._laid.let_go()
 
     def digests(self) -> Digests:

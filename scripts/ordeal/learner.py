@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ordeal.content import Content
+from weights.cargo import Segment
 from weights.codec import encode
 from weights.errors import WeightsError
 from weights.messages import Request
 from weights.publisher import Publisher
 from weights.rendezvous import Roster
-from weights.transports.seam import Segment
 from weights.transports.shared_memory import SharedMemoryTransport, SocketLink
 
 LOOK_S = 0.01

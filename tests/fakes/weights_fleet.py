@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from weights.cargo import Loader
 from weights.delivery import Delivery
 from weights.digest import Digest, tensor_digest
 from weights.errors import DeadlineExceeded
@@ -216,11 +217,19 @@ class FakeHost:
 class MemoryFleet:
     """Hosts a, b, ... and a publisher, in memory and in simulated time."""
 
-    def __init__(self, hosts: int = 2, *, device: str = "cpu") -> None:
-        self.clock = SimulatedClock()
-        self.hosts = {name: FakeHost(name, clock=self.clock, device=device) for name in "abcdefgh"[:hosts]}
+    def __init__(
+        self,
+        hosts: int = 2,
+        *,
+        device: str = "cpu",
+        reach: Reach | None = None,
+        load: Callable[[MemoryTransport, int], Loader] | None = None,
+        clock: SimulatedClock | None = None,
+    ) -> None:
+        self.clock = SimulatedClock() if clock is None else clock
+        self.hosts = {name: FakeHost(name, clock=self.clock, device=device, reach=reach) for name in "abcdefgh"[:hosts]}
         self.transport = MemoryTransport(
-            {name: host.receiver for name, host in self.hosts.items()}, self.clock, silence_s=30.0
+            {name: host.receiver for name, host in self.hosts.items()}, self.clock, silence_s=30.0, load=load
         )
         self.publisher = Publisher(
             self.transport, run="run", deadline_s=5.0, bucket_bytes=BUCKET_BYTES, clock=self.clock

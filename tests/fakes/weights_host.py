@@ -1,4 +1,4 @@
-"""A host in a process of its own: `python -m fakes.weights_host FLEET HOST SILENCE_S`, spoken to in lines of JSON."""
+"""A host in a process of its own: `python -m fakes.weights_host FLEET HOST SILENCE_S TRANSPORT`, spoken to in JSON."""
 
 import json
 import os
@@ -7,11 +7,15 @@ import sys
 import time
 from typing import Any
 
+import torch
 from fakes.weights_fleet import FakeHost, learner_state
 
 from weights.rendezvous import socket_path
+from weights.transports.nccl import WireReach
 from weights.transports.server import HostServer
 from weights.transports.shared_memory import siblings
+
+WIRE_DEADLINE_S = 3.0
 
 
 def say(**line: Any) -> None:
@@ -30,8 +34,9 @@ def described(host: FakeHost, seeds: list[int]) -> dict[str, Any]:
         }
 
 
-def main(fleet: str, name: str, silence_s: str) -> None:
-    host = FakeHost(name, silence_s=float(silence_s), clock=time.monotonic)
+def main(fleet: str, name: str, silence_s: str, transport: str) -> None:
+    reach = WireReach(torch.device("cpu"), WIRE_DEADLINE_S) if transport == "nccl" else None
+    host = FakeHost(name, silence_s=float(silence_s), clock=time.monotonic, reach=reach)
     with HostServer(
         host.receiver, socket_path(fleet, name), lambda: siblings(fleet, name, deadline_s=5.0), deadline_s=10.0
     ):

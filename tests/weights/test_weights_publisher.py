@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes.weights_deliveries import FLEETS
 from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, MemoryFleet, hosted_from, learner_state, same_bits
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from weights.state import State
 from weights.transports.faults import Fault, FaultKind
 from weights.transports.memory import MemoryTransport, SimulatedClock
 from weights.version import WeightVersion
+
+DELIVERIES = pytest.mark.parametrize("delivery", FLEETS)
 
 
 class Learner(nn.Module):
@@ -61,8 +64,9 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_way_to_hand_over_a_model_hosts_the_same_bits(source: str) -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_every_way_to_hand_over_a_model_hosts_the_same_bits(source: str, delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
     report = fleet.publisher.publish(SOURCES[source](), 7)
     wire = dict(to_wire(STATE.items()))
     assert report.version.digest == Digest.total(tensor_digest(name, tensor) for name, tensor in wire.items())
@@ -94,8 +98,9 @@ def test_the_learner_s_own_tensors_are_neither_kept_nor_changed() -> None:
     assert fleet.hosts["a"].holds(learner_state(1))
 
 
-def test_a_gate_that_the_learner_trains_in_fp32_arrives_in_fp32() -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_a_gate_that_the_learner_trains_in_fp32_arrives_in_fp32(delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
     state = learner_state(1)
     name = "model.layers.0.mlp.gate.weight"
     state[name] = torch.randn(state[name].shape)
@@ -114,8 +119,9 @@ def test_a_gate_that_the_learner_trains_in_fp32_arrives_in_fp32() -> None:
     ],
     ids=["missing", "unknown", "shape", "fp32 for a bf16 host", "fp16 for a bf16 host"],
 )
-def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(change, complaint: str) -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(change, complaint: str, delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
     state = learner_state(1)
     change(state)
     with pytest.raises(UpdateAborted, match=complaint) as caught:
@@ -133,8 +139,9 @@ def test_a_name_that_comes_twice_is_refused() -> None:
         fleet.publisher.publish(pairs, 1)
 
 
-def test_a_learner_that_untied_its_embedding_is_refused() -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_a_learner_that_untied_its_embedding_is_refused(delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
     state = learner_state(1)
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     with pytest.raises(ValueError, match=r"lm_head.weight = model.embed_tokens.weight"):
@@ -142,8 +149,9 @@ def test_a_learner_that_untied_its_embedding_is_refused() -> None:
     fleet.publisher.publish(learner_state(1), 1)
 
 
-def test_a_learner_that_fails_while_it_gathers_leaves_the_hosts_alone() -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_a_learner_that_fails_while_it_gathers_leaves_the_hosts_alone(delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
 
     def failing() -> Iterator[tuple[str, Tensor]]:
         yield "model.norm.weight", torch.zeros(32)
@@ -155,8 +163,9 @@ def test_a_learner_that_fails_while_it_gathers_leaves_the_hosts_alone() -> None:
     fleet.publisher.publish(learner_state(1), 1)
 
 
-def test_a_stale_step_is_refused_and_a_restarted_learner_is_not() -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_a_stale_step_is_refused_and_a_restarted_learner_is_not(delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
     fleet.publisher.publish(learner_state(1), 5)
     with pytest.raises(UpdateAborted, match="step 5 of the same run is stale"):
         fleet.publisher.publish(learner_state(2), 5)
@@ -203,8 +212,9 @@ def mixed(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dic
     return state | {"model.layers.0.mlp.gate.weight": gate, "model.layers.0.mlp.experts.down_proj": experts}
 
 
-def test_a_subset_is_written_over_the_content_that_it_names() -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_a_subset_is_written_over_the_content_that_it_names(delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
     first = fleet.publisher.publish(STATE, 1)
     other = learner_state(2)
     second = fleet.publisher.publish(some_of(other), 2, base=first.version.digest)
@@ -225,8 +235,9 @@ def test_a_subset_may_build_on_a_subset_and_on_a_checkpoint() -> None:
     assert {host.receiver.live_digest() for host in fleet.hosts.values()} == {version.digest}
 
 
-def test_a_subset_of_another_base_changes_nothing_anywhere() -> None:
-    fleet = MemoryFleet()
+@DELIVERIES
+def test_a_subset_of_another_base_changes_nothing_anywhere(delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
     first = fleet.publisher.publish(STATE, 1)
     second = fleet.publisher.publish(learner_state(2), 2)
     with pytest.raises(UpdateAborted, match=f"builds on content {first.version.digest}, and this host serves"):

@@ -6,19 +6,28 @@ from dataclasses import replace
 import pytest
 import torch
 from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, FakeServing, layout, learner_state, offer_of, storage
+from fakes.weights_reach import ProcessMemory
 
+from weights.delivery import Delivery
 from weights.digest import Digest
 from weights.errors import DeadlineExceeded, PeerGone, RosterError
 from weights.gather import Gathered, SegmentPool, gather
+from weights.lease import SlotTerms
 from weights.messages import (
     PROTOCOL,
     Abort,
     Aborted,
     Answer,
     Ask,
+    Begun,
     Commit,
     Committed,
+    Deliver,
+    Delivered,
+    Finish,
     Hello,
+    Join,
+    Joined,
     Offered,
     Refused,
     Reply,
@@ -35,14 +44,36 @@ from weights.state import Intent, Outcome, State
 from weights.transports.memory import MemorySegment, MemoryTransport, SimulatedClock
 from weights.version import WeightVersion
 
+GONE, SILENT = "gone", "silent"
+
+
+class OneAnswer:
+    """A sibling that gives one answer, or is gone, or cannot be reached."""
+
+    def __init__(self, host: str, outcome: Outcome | str) -> None:
+        self.host = host
+        self.outcome = outcome
+        self.heard: list[Intent] = []
+
+    def ask(self, question: Ask) -> Answer:
+        self.heard.append(question.intent)
+        if self.outcome == GONE:
+            raise PeerGone(f"cannot connect to {self.host}")
+        if self.outcome == SILENT:
+            raise DeadlineExceeded(f"{self.host} did not answer")
+        return Answer(sequence=1, update=question.update, host=self.host, outcome=Outcome(self.outcome))
+
 
 class Driver:
     """Speaks the protocol to one host, step by step."""
 
     def __init__(self) -> None:
         self.clock = SimulatedClock()
-        self.host = FakeHost("a", silence_s=30.0, clock=self.clock)
+        self.memory = ProcessMemory()
+        self.host = FakeHost("a", silence_s=30.0, clock=self.clock, reach=self.memory)
         self.gathered = self.gather(1)
+        self.delivery = Delivery.SEGMENTS
+        self.slots = [self.memory.buffer(BUCKET_BYTES, torch.device("cpu")) for _ in range(2)]
 
     def gather(self, seed: int) -> Gathered:
         pool = SegmentPool(MemoryTransport({}, self.clock, silence_s=30.0), BUCKET_BYTES)
@@ -52,7 +83,8 @@ class Driver:
         return self.host.receiver.handle(request, segment)
 
     def offer(self, update: str = "u", *, step: int = 1, run: str = "run", base: Digest | None = None) -> Reply:
-        return self.say(offer_of(self.gathered.manifest, update=update, run=run, step=step, base=base))
+        offer = offer_of(self.gathered.manifest, update=update, run=run, step=step, base=base, delivery=self.delivery)
+        return self.say(offer)
 
     def stage(self, bucket: int, update: str = "u") -> Reply:
         return self.say(Stage(sequence=3, update=update, bucket=bucket), self.gathered.segments[bucket].data)
@@ -67,6 +99,17 @@ class Driver:
     def commit(self, update: str = "u") -> Reply:
         return self.say(Commit(sequence=5, update=update))
 
+    def join(self) -> Reply:
+        slots = SlotTerms("slots", tuple(slot.memory for slot in self.slots))
+        return self.say(Join(sequence=2, wire=None, slots=slots))
+
+    def deliver(self, bucket: int, update: str = "u") -> Reply:
+        self.slots[bucket % 2].data.copy_(self.gathered.segments[bucket].data)
+        return self.say(Deliver(sequence=5, update=update, bucket=bucket))
+
+    def finish(self, update: str = "u") -> Reply:
+        return self.say(Finish(sequence=6, update=update))
+
     def abort(self, update: str = "u") -> Reply:
         return self.say(Abort(sequence=6, update=update, reason="test"))
 
@@ -80,7 +123,18 @@ class Driver:
         self.gathered.segments[0].data[0] ^= 1
 
     def reach(self, state: str) -> "Driver":
-        """Brings the host into a state: idle, offered, staged, held, committed, torn, or torn-offered."""
+        """Brings the host into a state: idle, offered, staged, held, committed, torn, or torn-offered; or, where the
+        update is streamed: begun, delivering (one bucket), or delivered (all).
+        """
+        if state in ("begun", "delivering", "delivered"):
+            self.delivery = Delivery.STREAM
+            assert isinstance(self.join(), Joined)
+            assert isinstance(self.offer(), Offered)
+            assert isinstance(self.vote(), Voted)
+            assert isinstance(self.commit(), Begun)
+            last = {"begun": 0, "delivering": 1, "delivered": len(self.gathered.segments)}[state]
+            for bucket in range(last):
+                assert isinstance(self.deliver(bucket), Delivered)
         if state.startswith("torn"):
             self.offer("t")
             self.stage_all("t")
@@ -113,32 +167,79 @@ REQUESTS: dict[str, Callable[[Driver], Reply]] = {
     "vote of another": lambda d: d.vote("v"),
     "commit": lambda d: d.commit(),
     "commit of another": lambda d: d.commit("v"),
+    "join": lambda d: d.join(),
+    "deliver": lambda d: d.deliver(0),
+    "deliver next": lambda d: d.deliver(1),
+    "deliver later": lambda d: d.deliver(2),
+    "deliver beyond": lambda d: d.say(Deliver(sequence=5, update="u", bucket=99)),
+    "deliver to another": lambda d: d.deliver(0, "v"),
+    "finish": lambda d: d.finish(),
+    "finish of another": lambda d: d.finish("v"),
     "abort": lambda d: d.abort(),
     "abort of another": lambda d: d.abort("v"),
 }
 # What a request gets in each state, and the state after it: - stands for the state before.
 TABLE = """
-                  | idle            | offered      | staged         | held         | committed       | torn
-hello             | Welcome -       | Welcome -    | Welcome -      | Welcome -    | Welcome -       | Welcome -
-other protocol    | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
-offer             | Offered offered | Offered -    | Offered -      | Offered -    | Refused -       | Offered offered
-other offer       | Offered offered | Refused -    | Refused -      | Refused -    | Offered offered | Offered offered
-stage             | Refused -       | Staged -     | Staged -       | Staged -     | Refused -       | Refused -
-stage of another  | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
-stage beyond      | Refused -       | Refused idle | Refused -      | Refused -    | Refused -       | Refused -
-stage of nothing  | Refused -       | Refused idle | Staged -       | Staged -     | Refused -       | Refused -
-vote              | Refused -       | Refused idle | Voted -        | Voted -      | Refused -       | Refused -
-vote of another   | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
-commit            | Refused -       | Refused -    | Committed idle | Refused -    | Committed -     | Refused -
-commit of another | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
-abort             | Aborted -       | Aborted idle | Aborted idle   | Aborted idle | Refused -       | Aborted -
-abort of another  | Aborted -       | Aborted -    | Aborted -      | Aborted -    | Aborted -       | Aborted -
+                   | idle            | offered      | staged         | held         | committed       | torn
+hello              | Welcome -       | Welcome -    | Welcome -      | Welcome -    | Welcome -       | Welcome -
+other protocol     | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+offer              | Offered offered | Offered -    | Offered -      | Offered -    | Refused -       | Offered offered
+other offer        | Offered offered | Refused -    | Refused -      | Refused -    | Offered offered | Offered offered
+stage              | Refused -       | Staged -     | Staged -       | Staged -     | Refused -       | Refused -
+stage of another   | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+stage beyond       | Refused -       | Refused idle | Refused -      | Refused -    | Refused -       | Refused -
+stage of nothing   | Refused -       | Refused idle | Staged -       | Staged -     | Refused -       | Refused -
+vote               | Refused -       | Refused idle | Voted -        | Voted -      | Refused -       | Refused -
+vote of another    | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+commit             | Refused -       | Refused -    | Committed idle | Refused -    | Committed -     | Refused -
+commit of another  | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+join               | Joined -        | Refused -    | Refused -      | Refused -    | Joined -        | Joined -
+deliver            | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+deliver next       | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+deliver later      | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+deliver beyond     | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+deliver to another | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+finish             | Refused -       | Refused -    | Refused -      | Refused -    | Committed -     | Refused -
+finish of another  | Refused -       | Refused -    | Refused -      | Refused -    | Refused -       | Refused -
+abort              | Aborted -       | Aborted idle | Aborted idle   | Aborted idle | Refused -       | Aborted -
+abort of another   | Aborted -       | Aborted -    | Aborted -      | Aborted -    | Aborted -       | Aborted -
+"""
+# The same for an update that is streamed, once its commit has come.
+STREAM_TABLE = """
+                   | begun                | delivering   | delivered
+hello              | Welcome -            | Welcome -    | Welcome -
+other protocol     | Refused -            | Refused -    | Refused -
+offer              | Offered -            | Offered -    | Offered -
+other offer        | Refused -            | Refused -    | Refused -
+stage              | Refused -            | Refused -    | Refused -
+stage of another   | Refused -            | Refused -    | Refused -
+stage beyond       | Refused -            | Refused -    | Refused -
+stage of nothing   | Refused -            | Refused -    | Refused -
+vote               | Voted -              | Voted -      | Voted -
+vote of another    | Refused -            | Refused -    | Refused -
+commit             | Begun -              | Refused -    | Refused -
+commit of another  | Refused -            | Refused -    | Refused -
+join               | Refused -            | Refused -    | Refused -
+deliver            | Delivered committing | Delivered -  | Delivered -
+deliver next       | Refused -            | Delivered -  | Delivered -
+deliver later      | Refused -            | Refused -    | Delivered -
+deliver beyond     | Refused -            | Refused -    | Refused -
+deliver to another | Refused -            | Refused -    | Refused -
+finish             | Refused -            | Refused -    | Committed idle
+finish of another  | Refused -            | Refused -    | Refused -
+abort              | Aborted idle         | Refused torn | Refused torn
+abort of another   | Aborted -            | Aborted -    | Aborted -
 """
 
 
 def cells() -> list[tuple[str, str, str, str]]:
-    header, *rows = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip("\n").splitlines()]
-    return [(row[0], state, *cell.split()) for row in rows for state, cell in zip(header[1:], row[1:], strict=True)]
+    found = []
+    for table in (TABLE, STREAM_TABLE):
+        header, *rows = [[cell.strip() for cell in line.split("|")] for line in table.strip("\n").splitlines()]
+        found += [
+            (row[0], state, *cell.split()) for row in rows for state, cell in zip(header[1:], row[1:], strict=True)
+        ]
+    return found
 
 
 STATE_OF = {
@@ -146,6 +247,9 @@ STATE_OF = {
     "offered": "offered",
     "staged": "staged",
     "held": "staged",
+    "begun": "staged",
+    "delivering": "committing",
+    "delivered": "committing",
     "committed": "idle",
     "torn": "torn",
 }
@@ -161,13 +265,14 @@ def test_every_request_in_every_state(request_name: str, state: str, answer: str
     assert driver.host.receiver.state == (STATE_OF[state] if after == "-" else after)
     if answer == "Committed":
         assert driver.host.holds(learner_state(1))
-    else:
-        assert driver.host.serving.serves == served
+        assert driver.host.serving.serves == driver.host.receiver.version is not None
+    elif answer != "Delivered":
+        assert driver.host.serving.serves == (None if after == "torn" else served)
         assert all(torch.equal(old[name], tensor) for name, tensor in driver.host.parameters.items())
 
 
-def test_the_table_has_every_request() -> None:
-    assert {cell[0] for cell in cells()} == set(REQUESTS)
+def test_the_tables_have_every_request_in_every_state() -> None:
+    assert {cell[:2] for cell in cells()} == {(request, state) for request in REQUESTS for state in STATE_OF}
 
 
 def test_a_commit_writes_pauses_verifies_and_flips() -> None:
@@ -357,6 +462,11 @@ def test_another_offer_under_the_same_name_is_refused() -> None:
         ("staged", Intent.ABORT, Outcome.ABORTED, "idle"),
         ("held", Intent.HOLD, Outcome.VOTED, "staged"),
         ("held", Intent.ABORT, Outcome.ABORTED, "idle"),
+        ("begun", Intent.HOLD, Outcome.VOTED, "staged"),
+        ("begun", Intent.ABORT, Outcome.ABORTED, "idle"),
+        ("delivering", Intent.HOLD, Outcome.TORN, "committing"),
+        ("delivering", Intent.ABORT, Outcome.TORN, "committing"),
+        ("delivered", Intent.HOLD, Outcome.TORN, "committing"),
         ("committed", Intent.HOLD, Outcome.COMMITTED, "idle"),
         ("committed", Intent.ABORT, Outcome.COMMITTED, "idle"),
     ],
@@ -373,6 +483,47 @@ def test_a_torn_host_says_so_to_its_sibling() -> None:
     assert Driver().reach("torn").ask(Intent.HOLD, "t") is Outcome.TORN
 
 
+@pytest.mark.parametrize(
+    ("state", "waits", "after"),
+    [("begun", True, State.STAGED), ("delivering", False, State.TORN), ("delivered", False, State.TORN)],
+)
+def test_a_lost_publisher_ends_the_pause_and_tears_a_host_that_has_a_bucket(
+    state: str, waits: bool, after: State
+) -> None:
+    driver = Driver().reach(state)
+    assert driver.host.serving.is_paused
+    assert driver.host.receiver.lost() == waits
+    assert driver.host.receiver.state is after
+    assert not driver.host.serving.is_paused
+    assert driver.host.serving.serves == (driver.host.initial if waits else None)
+    if not waits:
+        assert driver.memory.opened == []
+        assert driver.ask(Intent.HOLD) is Outcome.TORN
+
+
+@pytest.mark.parametrize(
+    ("answer", "settled", "serves"),
+    [
+        (Outcome.VOTED, Outcome.ABORTED, True),
+        (Outcome.COMMITTED, Outcome.TORN, False),
+        (Outcome.TORN, Outcome.TORN, False),
+        (GONE, Outcome.ABORTED, True),
+        (SILENT, Outcome.UNDECIDED, False),
+    ],
+)
+def test_a_host_that_has_begun_and_lost_its_publisher_cannot_follow(
+    answer: Outcome | str, settled: Outcome, serves: bool
+) -> None:
+    driver = Driver().reach("begun")
+    assert driver.host.receiver.lost()
+    settlement = driver.host.receiver.settle(lambda: [OneAnswer("b", answer)])
+    assert settlement is not None
+    assert settlement.outcome is settled
+    assert driver.host.serving.serves == (driver.host.initial if serves else None)
+    assert driver.memory.opened == []
+    assert isinstance(driver.deliver(0), Refused)
+
+
 def test_a_lost_publisher_ends_an_update_without_a_vote_and_leaves_one_with_it() -> None:
     driver = Driver().reach("offered")
     assert not driver.host.receiver.lost()
@@ -380,26 +531,6 @@ def test_a_lost_publisher_ends_an_update_without_a_vote_and_leaves_one_with_it()
     driver = Driver().reach("staged")
     assert driver.host.receiver.lost()
     assert driver.host.receiver.state is State.STAGED
-
-
-GONE, SILENT = "gone", "silent"
-
-
-class OneAnswer:
-    """A sibling that gives one answer, or is gone, or cannot be reached."""
-
-    def __init__(self, host: str, outcome: Outcome | str) -> None:
-        self.host = host
-        self.outcome = outcome
-        self.heard: list[Intent] = []
-
-    def ask(self, question: Ask) -> Answer:
-        self.heard.append(question.intent)
-        if self.outcome == GONE:
-            raise PeerGone(f"cannot connect to {self.host}")
-        if self.outcome == SILENT:
-            raise DeadlineExceeded(f"{self.host} did not answer")
-        return Answer(sequence=1, update=question.update, host=self.host, outcome=Outcome(self.outcome))
 
 
 @pytest.mark.parametrize(
@@ -583,6 +714,16 @@ def test_silence_is_measured_from_the_publisher_s_last_word() -> None:
     assert driver.host.receiver.silence_left_s == 10
     driver.stage(0)
     assert driver.host.receiver.silence_left_s == 30
+
+
+def test_a_torn_host_does_not_wait_for_ever_for_the_publisher_that_tore_it() -> None:
+    driver = Driver().reach("torn")
+    assert driver.host.receiver.silence_left_s == 30
+    driver.offer()
+    driver.stage_all()
+    driver.vote()
+    driver.commit()
+    assert driver.host.receiver.silence_left_s is None
 
 
 def test_a_host_welcomes_with_what_it_serves() -> None:

@@ -1,23 +1,19 @@
 """The transport between processes, with real ones: killed, frozen, restarted, and many updates long."""
 
-import json
 import os
-import queue
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fakes.weights_fleet import BUCKET_BYTES, FakeHost, learner_state, offer_of
+from fakes.weights_processes import PATIENCE_S, HostProcess, Process, assert_all, await_settled
 
 from weights.codec import decode, encode
 from weights.errors import (
@@ -41,64 +37,6 @@ from weights.transports.stream import FrameStream
 
 FLEET = "fleet"
 SILENCE_S = 4.0
-PATIENCE_S = 60.0
-ROOT = Path(__file__).parents[2]
-
-
-class Process:
-    """A Python process whose lines are read without ever waiting for good."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"},
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def line(self) -> str:
-        return self._lines.get(timeout=PATIENCE_S)
-
-    def write(self, line: str) -> None:
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(line + "\n")
-        self.popen.stdin.flush()
-
-    def end(self) -> None:
-        self.popen.send_signal(signal.SIGKILL)
-        self.popen.wait()
-        self._reader.join()
-        assert self.popen.stdin is not None
-        assert self.popen.stdout is not None
-        self.popen.stdin.close()
-        self.popen.stdout.close()
-
-    def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self._lines.put(line.strip())
-
-
-class HostProcess(Process):
-    def __init__(self, host: str) -> None:
-        super().__init__("fakes.weights_host", FLEET, host, str(SILENCE_S))
-        self.host = host
-
-    def event(self, kind: str) -> dict[str, Any]:
-        """The next event of a kind; others before it are passed over."""
-        while True:
-            event: dict[str, Any] = json.loads(self.line())
-            if event["event"] == kind:
-                return event
-
-    def describe(self, *seeds: int) -> dict[str, Any]:
-        self.write(json.dumps({"seeds": seeds}))
-        return self.event("described")
 
 
 @pytest.fixture(scope="module")
@@ -119,26 +57,12 @@ def fleet(directory: Path) -> Iterator[dict[str, HostProcess]]:
         deadline_s=PATIENCE_S,
         silence_s=2 * PATIENCE_S,
     ).write()
-    hosts = {host: HostProcess(host) for host in "ab"}
+    hosts = {host: HostProcess(FLEET, host, SILENCE_S) for host in "ab"}
     for process in hosts.values():
         process.event("ready")
     yield hosts
     for process in hosts.values():
         process.end()
-
-
-def assert_all(fleet: dict[str, HostProcess], *, serve: str, hold: int) -> None:
-    for process in fleet.values():
-        found = process.describe(hold)
-        assert (found["state"], found["serves"], found["holds"]) == ("idle", serve, [hold])
-
-
-def await_settled(fleet: dict[str, HostProcess]) -> None:
-    """Asks hosts that have voted how they stand until they have settled."""
-    ends_at = time.monotonic() + PATIENCE_S
-    while any(process.describe()["state"] in ("staged", "committing") for process in fleet.values()):
-        assert time.monotonic() < ends_at
-        time.sleep(0.02)
 
 
 def test_three_updates_reach_every_host(fleet: dict[str, HostProcess]) -> None:
@@ -203,7 +127,7 @@ def test_hosts_settle_under_a_frozen_learner_at_their_deadline(fleet: dict[str, 
         old = publisher.publish(learner_state(20), 1).version
     learner = Process("fakes.weights_learner", FLEET, "frozen", "21", "Commit", "a")
     assert learner.line() == "waiting"
-    learner.popen.send_signal(signal.SIGSTOP)
+    learner.freeze()
     await_settled(fleet)  # after SILENCE_S, by whichever host's clock runs out first
     assert_all(fleet, serve=str(old), hold=20)
     with Publisher.connect(FLEET, run="after-frozen") as publisher:  # the frozen one no longer counts as connected
@@ -214,7 +138,7 @@ def test_hosts_settle_under_a_frozen_learner_at_their_deadline(fleet: dict[str, 
 def test_a_frozen_host_hits_the_deadline_and_is_named(fleet: dict[str, HostProcess]) -> None:
     with Publisher.connect(FLEET, run="host-frozen", deadline_s=3.0) as publisher:
         old = publisher.publish(learner_state(30), 1).version
-        fleet["b"].popen.send_signal(signal.SIGSTOP)
+        fleet["b"].freeze()
         try:
             began = time.monotonic()
             with pytest.raises(UpdateAborted, match=r"b sent 0 of 28 bytes of a frame within 3.0 s") as caught:
@@ -236,7 +160,7 @@ def test_a_restarted_host_is_found_again(fleet: dict[str, HostProcess]) -> None:
         with pytest.raises(UpdateAborted, match="cannot connect to b") as caught:
             publisher.publish(learner_state(41), 2)
         assert list(caught.value.hosts) == ["b"]
-        fleet["b"] = HostProcess("b")  # on the path where the killed one left its socket
+        fleet["b"] = HostProcess(FLEET, "b", SILENCE_S)  # on the path where the killed one left its socket
         fleet["b"].event("ready")
         version = publisher.publish(learner_state(42), 3).version
     assert_all(fleet, serve=str(version), hold=42)
