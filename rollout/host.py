@@ -92,6 +92,7 @@ class Host:
             wire_dtypes=model.wire_dtypes,
             reach=reach_of(config, device),
             silence_s=config.deadlines.silence_s,
+            delivery_s=config.deadlines.message_s,
         )
         self._door = open_door(config, self._receiver, on_gpu=device.type == "cuda")
         self.introduction = Introduction(
@@ -217,7 +218,11 @@ class Host:
         sibling = OneHost(RosterHost(id=host_id, address=address))
         deadlines, weights = self.config.deadlines, self.config.weights
         with Publisher(
-            sibling, run=version.run, deadline_s=deadlines.message_s, bucket_bytes=weights.bucket_mib << 20
+            sibling,
+            run=version.run,
+            deadline_s=deadlines.message_s,
+            bucket_bytes=weights.bucket_mib << 20,
+            is_sibling=True,
         ) as publisher:
             return publisher.publish(tensors, step=version.step, digest=version.digest).version
 

@@ -206,7 +206,7 @@ class Supervisor:
                 member.torn_since_s = now
                 self._rotation.take_out(member.host_id)
                 self._report(member, f"is torn and serves nothing: {member.status.detail}")
-            elif now - member.torn_since_s > torn_s:
+            elif now - member.torn_since_s > torn_s and member.work is None:
                 self._lose(member, now, f"waited {torn_s:g} s for a sibling or an update to heal it")
             else:
                 self._heal(member, now)
@@ -224,6 +224,9 @@ class Supervisor:
         outcome = None if member.work is None else member.work.outcome()
         if outcome is not None:
             member.work, member.not_before_s = None, now + SHARE_AGAIN_S
+            if outcome.error and outcome.error != member.why:
+                member.why = outcome.error
+                self._report(member, f"is torn still, a sibling could not share: {outcome.error}")
         donor = self._donor(member)
         if member.work is None and now >= member.not_before_s and donor is not None:
             assert member.introduction is not None

@@ -10,6 +10,8 @@ from weights.payload import StreamPayload
 from weights.staging import StagedUpdate
 from weights.state import Outcome, State
 
+INTERRUPTED = "the commit was interrupted"
+
 
 class Course:
     """Where a host stands in `state.py`'s drawing. One update at a time; not for several threads, apart from `state`.
@@ -87,25 +89,38 @@ class Course:
     def deliver(self, update: StagedUpdate, bucket: int) -> str | None:
         """Writes the next bucket of a streamed update. A text says why the host is torn instead."""
         assert isinstance(update.payload, StreamPayload)
-        writing = self._opened()
+        writing = self._writing
+        assert writing is not None
+        writing.reason = INTERRUPTED
+        is_well = False
         try:
-            update.payload.deliver(bucket)
+            update.payload.arrive(bucket)  # before the first byte is written: until it is here, there is a way back
+            unwritten = self._open(writing)
+            if unwritten is not None:
+                return unwritten
+            update.payload.place(bucket)
+            is_well = True
         except (RuntimeError, OSError, WeightsError) as error:
             writing.reason = f"the commit failed: {error}"
-        else:
-            writing.reason = ""
+            if not writing.is_open:
+                return f"nothing was written: {error}"
         finally:
-            if writing.reason:
-                self.end_writing()
-        return writing.reason or None
+            if not is_well:
+                self.interrupt(writing.reason)
+        return None if is_well else writing.reason
 
     def finish_writing(self, update: StagedUpdate, sequence: int) -> Committed | str:
         """Writes what is staged, verifies all of it, and ends the update; a text says why the host is torn instead."""
-        writing = self._opened()
+        writing = self._writing
+        assert writing is not None
+        writing.reason = INTERRUPTED
         try:
+            unwritten = self._open(writing)
+            if unwritten is not None:
+                return unwritten
             writing.write()
         finally:
-            self.end_writing()
+            self.interrupt(writing.reason)
         if writing.written is None:
             return writing.reason
         self._last_commit = Committed(
@@ -118,17 +133,14 @@ class Course:
         )
         return self._last_commit
 
-    def end_writing(self) -> None:
-        """Ends a commit on its way where it stands: the host has the update, or is torn."""
-        self._leave()
-        self.end(Outcome.TORN if self._hosted.version is None else Outcome.COMMITTED)
-
     def interrupt(self, reason: str) -> None:
-        """The publisher of a streamed update is lost: torn if any of it was written; else the pause ends."""
+        """Ends a commit on its way where it stands: the host has the update, or is torn if any of it was written; else
+        only the pause ends."""
         if self._writing is not None:
             self._writing.reason = reason
             if self._writing.is_open:
-                self.end_writing()
+                self._leave()
+                self.end(Outcome.TORN if self._hosted.version is None else Outcome.COMMITTED)
             else:
                 self._leave()
 
@@ -137,13 +149,15 @@ class Course:
         """A commit has begun and is not at its end."""
         return self._writing is not None
 
-    def _opened(self) -> Overwriting:
-        assert self._writing is not None
-        self._writing.reason = "the commit was interrupted"
-        if not self._writing.is_open:
+    def _open(self, writing: Overwriting) -> str | None:
+        """Bytes follow. A text says why they must not: nothing is written then."""
+        if not writing.is_open:
+            try:
+                writing.open()
+            except (RuntimeError, OSError) as error:
+                return f"the device failed, so nothing was written: {error}"
             self.state = State.COMMITTING
-            self._writing.open()
-        return self._writing
+        return None
 
     def _leave(self) -> None:
         if self._writing is not None:

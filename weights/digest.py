@@ -129,7 +129,7 @@ class TensorHash:
         total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
         for start in range(0, flat.numel(), step):
             chunk = flat[start : start + step]
-            narrow = _narrow(chunk, wire_dtype)
+            narrow = narrowed(chunk, wire_dtype)
             strays = (narrow.to(chunk.dtype).view(torch.int32) != chunk.view(torch.int32)).sum()
             total += self.lanes(narrow.view(torch.uint8), start * wire_dtype.itemsize // BLOCK_BYTES)
             total += strays * signed(GOLDEN)
@@ -176,7 +176,7 @@ def wire_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _narrow(chunk: Tensor, wire_dtype: torch.dtype) -> Tensor:
+def narrowed(chunk: Tensor, wire_dtype: torch.dtype) -> Tensor:
     """Undoes a widening to float32.
 
     bfloat16 is its upper half, taken as bits: a rounding cast would rewrite the payloads of NaNs.

@@ -32,6 +32,10 @@ class Exporter(Protocol):
         as it lives."""
         ...
 
+    def serves(self, device: torch.device) -> bool:
+        """Whether memory of this device can be read by hosts at all."""
+        ...
+
     def buffer(self, size: int, device: torch.device) -> Buffer: ...
 
 
@@ -46,6 +50,9 @@ class CudaExporter:
             raise TransportError(f"memory of the device {device} has no CUDA handle")
         allocation = allocation_of(address, torch.cuda.current_device() if device.index is None else device.index)
         return self._memory(allocation), address - allocation.address
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda"
 
     def buffer(self, size: int, device: torch.device) -> "CudaBuffer":
         return CudaBuffer(DeviceBuffer(size, device))

@@ -60,7 +60,8 @@ class Held:
         self._apart = {
             name: tied[name]
             for name, tensor in wire
-            if name in tied and (tied[name] not in places or self._addresses[places[tied[name]]] != tensor.data_ptr())
+            if name in tied
+            if tied[name] not in places or _identity(kept[places[tied[name]]][1]) != _identity(tensor)
         }
         """Tied tensors that are no second name of the same memory: their content is compared in each update."""
         pieces = [Piece(place, 0, place, 0, data.numel()) for place, data in enumerate(self.data) if data.numel()]
@@ -133,6 +134,10 @@ class Held:
                 self._fills[key] = self._fill_table(bucket, slot)
             self._fills[key].run()
             torch.cuda.current_stream(slot.device).synchronize()
+
+    def forget_fills(self) -> None:
+        """The slots that it filled are no more."""
+        self._fills.clear()
 
     def _fill_table(self, bucket: Bucket, slot: Tensor) -> "CopyTable":
         from weights.kernel_copy import CopyTable  # Triton, which a CPU learner does without

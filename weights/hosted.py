@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weights.aside import settled
 from weights.catalogue import Catalogue, TensorSpec
-from weights.digest import Digest
+from weights.digest import Digest, narrowed
 from weights.errors import ManifestError, UpdateAborted, WeightsError
 from weights.manifest import Manifest
 from weights.naming import HostedLayout
@@ -66,6 +66,7 @@ class Hosted:
         catalogue = Catalogue(TensorSpec(name=name, shape=layout[name].shape, dtype=dtypes[name]) for name in layout)
         self._placement = Placement(catalogue, layout, parameters)
         """Of all hosted tensors, in the wire dtypes that the version's digest was taken over."""
+        self._next_placement: Placement | None = None
         self._manifest: Manifest | None = None
         """Of `version`, as it was committed; None for what was loaded."""
 
@@ -78,7 +79,7 @@ class Hosted:
         if version is None:
             raise UpdateAborted(f"{self._host} has no version to share: it serves nothing until a complete commit", {})
         named = enumerate(placement.catalogue.tensors)
-        return version, ((tensor.name, placement.view(place).to(tensor.dtype)) for place, tensor in named)
+        return version, ((tensor.name, as_on_the_wire(placement.view(place), tensor.dtype)) for place, tensor in named)
 
     def digest(self) -> Digest:
         """Worked out from the parameters as they are; equal to the version's digest if they are whole."""
@@ -97,7 +98,10 @@ class Hosted:
             if loaded.digest != base:
                 raise ManifestError(f"the parameters have digest {loaded.digest}, and {self.version} is served")
             self._manifest = loaded
-        return self._manifest.patched(subset)
+        patched = self._manifest.patched(subset)
+        if patched.catalogue is not self._placement.catalogue:  # other dtypes on the wire; planned before any pause
+            self._next_placement = Placement(patched.catalogue, self._layout, self._parameters)
+        return patched
 
     def overwriting(self, update: StagedUpdate) -> "Overwriting":
         """A commit of `update`, to be entered as a context."""
@@ -113,9 +117,14 @@ class Hosted:
         self._manifest = update.content
         if update.offer.base is None:
             self._placement = update.placement
-        elif update.content.catalogue is not self._placement.catalogue:
-            self._placement = Placement(update.content.catalogue, self._layout, self._parameters)
+        elif self._next_placement is not None and self._next_placement.catalogue is update.content.catalogue:
+            self._placement = self._next_placement
         self.version = update.version
+
+
+def as_on_the_wire(held: Tensor, dtype: torch.dtype) -> Tensor:
+    """A hosted tensor in its wire dtype, bit for bit what came: a rounding cast would rewrite the payloads of NaNs."""
+    return held if held.dtype == dtype else narrowed(held, dtype)
 
 
 class Overwriting(AbstractContextManager["Overwriting"]):

@@ -49,7 +49,8 @@ class Known:
         self._laid: dict[tuple[str, int, tuple[int, ...]], tuple[Laid, ...]] = {}
         self._lease: OpenLease | None = None
         self._way: Way | None = None
-        self._slot: Tensor | None = None
+        self._slots: tuple[Tensor, ...] = ()
+        """Of the host's own, through which segments pass."""
         self._shadow: tuple[int, Shadow] | None = None
         self.catalogue = ""
         """The last one that this learner offered."""
@@ -92,14 +93,13 @@ class Known:
         if offer.delivery is Delivery.STREAM:
             way = self._joined()
             return StreamPayload(placement, buckets, self._in_slots(offer, placement, buckets, way.slots), way)
-        slot = self._own_slot(offer.bucket_bytes)
-        inner = SegmentPayload(
-            placement,
-            buckets,
-            () if slot is None else self._in_slots(offer, placement, buckets, (slot,)),
-            slot,
-        )
-        if offer.delivery is Delivery.SEGMENTS:
+        shadowed = offer.delivery is Delivery.SHADOW
+        slots = self._joined().slots if shadowed else self._own_slots(offer.bucket_bytes)
+        if self._device.type == "cpu":
+            slots = ()  # a CPU reads segments where they are
+        in_them = self._in_slots(offer, placement, buckets, slots) if slots else ()
+        inner = SegmentPayload(placement, buckets, slots, in_them)
+        if not shadowed:
             return inner
         return ShadowPayload(inner, buckets, self._joined(), self._own_shadow(offer.bucket_bytes))
 
@@ -135,9 +135,11 @@ class Known:
         return self._lease
 
     def forget_learner(self) -> None:
-        """Its connection ended: lets go of its memory and its wire."""
+        """Its connection ended: lets go of its memory and its wire, and of what its segments passed through."""
+        settled(self._device)  # whatever still reads its segments does so until then
         self._end_lease()
         self._leave()
+        self._drop_slots()
         self.catalogue = ""
 
     def _packed(self, offer: Offer, placement: Placement) -> tuple[Bucket, ...]:
@@ -159,13 +161,20 @@ class Known:
             raise ManifestError("has joined no way for buckets that works: join first")
         return self._way
 
-    def _own_slot(self, size: int) -> Tensor | None:
+    def _own_slots(self, size: int) -> tuple[Tensor, ...]:
+        """One is enough: what is copied into it and out of it goes through one stream."""
         if self._device.type == "cpu":
-            return None
-        if self._slot is None or self._slot.numel() != size:
+            return ()
+        if not self._slots or self._slots[0].numel() != size:
+            self._drop_slots()
             with aside(self._device):
-                self._slot = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return self._slot
+                self._slots = (torch.empty(size, dtype=torch.uint8, device=self._device),)
+        return self._slots
+
+    def _drop_slots(self) -> None:
+        addresses = {slot.data_ptr() for slot in self._slots}
+        self._laid = {key: value for key, value in self._laid.items() if not addresses & set(key[2])}
+        self._slots = ()
 
     def _own_shadow(self, size: int) -> Shadow:
         if self._shadow is None or self._shadow[0] != size:

@@ -80,7 +80,9 @@ class LeaseLoader:
 
     def load(self, source: Source, tied: Mapping[str, str]) -> Cargo:
         named = in_place(source)
-        if named is None or not self._hold(named, tied):
+        if named is None or not all(self._exporter.serves(tensor.device) for tensor in named.values()):
+            return self._segments.load(source, tied)
+        if not self._hold(named, tied):
             return self._segments.load(source, tied)
         held = self._held
         assert held is not None
@@ -136,6 +138,8 @@ class LeaseLoader:
         return True
 
     def _drop_slots(self) -> None:
+        if self._held is not None:
+            self._held.forget_fills()
         while self._slots:
             self._slots.pop().close()
 

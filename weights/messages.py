@@ -33,6 +33,10 @@ class Message:
     """Counts a connection's requests from 1; a reply repeats it. 0: a refusal of something that could not be read."""
 
 
+SIBLING = "a sibling that shares "
+"""How a publisher that is a host itself begins to say who it is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello(Message):
     """Opens a publisher's connection, and each update on it."""

@@ -80,17 +80,17 @@ class SegmentPayload:
     Args:
         placement: of the update's catalogue.
         buckets: of the catalogue.
-        in_slot: on a GPU, the buckets as they lie in that one; see `in_slots`.
-        slot: the bucket on the device, flat uint8; None on a CPU.
+        slots: on a GPU, places for buckets on the device, flat uint8; none on a CPU.
+        in_slots: the buckets as they lie there, see `in_slots`.
     """
 
     def __init__(
-        self, placement: Placement, buckets: Sequence[Bucket], in_slot: Sequence[Laid], slot: Tensor | None
+        self, placement: Placement, buckets: Sequence[Bucket], slots: Sequence[Tensor], in_slots: Sequence[Laid]
     ) -> None:
         self._placement = placement
         self._buckets = buckets
-        self._in_slot = in_slot
-        self._slot = slot
+        self._slots = slots
+        self._in_slots = in_slots
         self._segments: dict[int, Tensor] = {}
         self._hashing = Hashing(placement.catalogue, placement.device)
 
@@ -110,6 +110,12 @@ class SegmentPayload:
             self._hashing.add(self._brought(part, segment))
         self._segments[part] = segment
 
+    def keep(self, part: int, segment: Tensor) -> None:
+        """As `stage`, for what lies in the part's slot as well."""
+        with aside(self._placement.device):
+            self._hashing.add(self._in_slots[part] if self._slots else self._brought(part, segment))
+        self._segments[part] = segment
+
     def missing(self) -> list[int]:
         return [part for part in range(self.stages) if part not in self._segments]
 
@@ -117,7 +123,7 @@ class SegmentPayload:
         return self._hashing.digests()
 
     def ready(self) -> None:
-        for part in self._in_slot:
+        for part in self._in_slots:
             part.ready(self._placement)
 
     def write(self) -> None:
@@ -128,11 +134,12 @@ class SegmentPayload:
     def _brought(self, part: int, segment: Tensor) -> Laid:
         """A bucket where the host's device can read it: in its segment, or after this in the slot."""
         bucket = self._buckets[part]
-        if self._slot is None:
+        if not self._slots:
             pieces = [replace(piece, bucket=0) for piece in bucket.pieces]
             return laid(self._placement.catalogue, pieces, [segment], self._placement.device)
-        self._slot[: bucket.bytes].copy_(segment[: bucket.bytes], non_blocking=True)
-        return self._in_slot[part]
+        slot = self._slots[part % len(self._slots)]
+        slot[: bucket.bytes].copy_(segment[: bucket.bytes], non_blocking=True)
+        return self._in_slots[part]
 
 
 class ShadowPayload:
@@ -157,7 +164,7 @@ class ShadowPayload:
         kept = self._shadow.take(part)[:size]
         with aside(arrived.device):
             kept.copy_(arrived)
-        self._inner.stage(part, kept)
+        self._inner.keep(part, kept)
 
     def missing(self) -> list[int]:
         return self._inner.missing()
@@ -290,8 +297,8 @@ class StreamPayload:
         """Buckets that were not."""
         return self.buckets - self.delivered
 
-    def deliver(self, bucket: int) -> None:
-        """Writes the next bucket; the slot is free when this returns.
+    def arrive(self, bucket: int) -> None:
+        """Waits for the next bucket; nothing is written.
 
         ManifestError if it is another one, TransportError if it does not come.
         """
@@ -299,6 +306,9 @@ class StreamPayload:
         if bucket != self._delivered:
             raise ManifestError(f"bucket {bucket} was delivered, and {self._delivered} is next")
         self._way.take(bucket, size)
+
+    def place(self, bucket: int) -> None:
+        """Writes the bucket that has arrived; its slot is free when this returns."""
         with aside(self._placement.device):
             self._in_slots[bucket].copy_to(self._placement)
             if self._placement.device.type != "cpu":

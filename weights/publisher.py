@@ -27,10 +27,11 @@ from weights.bucket import DEFAULT_BUCKET_BYTES, check_bucket_bytes
 from weights.cargo import Cargo, Segment
 from weights.delivery import Delivery
 from weights.digest import ZERO, Digest
-from weights.errors import CommitIncomplete, UpdateAborted
+from weights.errors import CommitIncomplete, TransportError, UpdateAborted
 from weights.lease import SlotTerms, WireTerms
 from weights.links import Links, blame
 from weights.messages import (
+    SIBLING,
     Abort,
     Aborted,
     Begun,
@@ -55,7 +56,7 @@ from weights.messages import (
 from weights.publishing import Publishing
 from weights.rendezvous import DEFAULT_DEADLINE_S, Roster
 from weights.report import HostTimes, PublishReport
-from weights.source import Source
+from weights.source import Source, declined_unless_read
 from weights.state import State
 from weights.transports.by_roster import transport_of
 from weights.transports.seam import Transport
@@ -72,12 +73,13 @@ class Publisher:
         run: str | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        is_sibling: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connects to nobody yet: `connect` and `publish` do.
 
         run: the trainer's run; left out, a new one that no other learner has. deadline_s: how long a host may take to
-        answer a call.
+        answer a call. is_sibling: it is a host that shares what it serves; a learner that comes meanwhile waits for it.
         """
         check_bucket_bytes(bucket_bytes)
         if not deadline_s > 0:
@@ -88,7 +90,9 @@ class Publisher:
         self._publishing: Publishing | None = None
         self._loader = transport.loader(bucket_bytes)
         self._links = Links(
-            transport, publisher=f"{self.run} (process {os.getpid()} on {socket.gethostname()})", deadline_s=deadline_s
+            transport,
+            publisher=f"{SIBLING if is_sibling else ''}{self.run} (process {os.getpid()} on {socket.gethostname()})",
+            deadline_s=deadline_s,
         )
 
     @classmethod
@@ -124,6 +128,7 @@ class Publisher:
         sent and not every host confirmed; names those that did, those torn, and those unknown. ValueError for a
         source that cannot be sent.
         """
+        self._refuse_another()
         return self._publish(source, step, base, digest, lambda: None)
 
     def begin(
@@ -132,13 +137,17 @@ class Publisher:
         """As `publish`, in a thread of its own while the learner computes on; nothing else may be asked of this
         publisher until it has ended. ValueError while another one is on its way.
         """
-        if self._publishing is not None and not self._publishing.done:
-            raise ValueError("an update is on its way already: wait for its result first")
+        self._refuse_another()
         self._publishing = Publishing(lambda is_read: self._publish(source, step, base, digest, is_read))
         return self._publishing
 
     def close(self) -> None:
-        """Leaves the fleet: another publisher may connect. Segments that hosts still map live on with them."""
+        """Leaves the fleet: another publisher may connect. Segments that hosts still map live on with them.
+
+        Waits for an update that `begin` began, however it ends.
+        """
+        if self._publishing is not None:
+            self._publishing.end()
         self._links.close()
         self._loader.close()
 
@@ -150,6 +159,10 @@ class Publisher:
     ) -> None:
         self.close()
 
+    def _refuse_another(self) -> None:
+        if self._publishing is not None and not self._publishing.done:
+            raise ValueError("an update is on its way already: wait for its result first")
+
     def _publish(
         self,
         source: Source,
@@ -159,7 +172,9 @@ class Publisher:
         is_read: Callable[[], None],
     ) -> PublishReport:
         """is_read: called as soon as the source is read no more, if that is before the end."""
-        WeightVersion(run=self.run, step=step, digest=ZERO)  # refuses a step that no version may have
+        with declined_unless_read(source) as reading:
+            WeightVersion(run=self.run, step=step, digest=ZERO)  # refuses a step that no version may have
+            reading.begins()
         complete = False
         try:
             report = self._bring(source, step, base, digest, is_read)
@@ -177,10 +192,19 @@ class Publisher:
         is_read: Callable[[], None],
     ) -> PublishReport:
         marks = [self._clock()]
-        welcomes = self._links.greet()
-        marks.append(self._clock())
-        tied = {alias: name for welcome in welcomes.values() for alias, name in welcome.tied.items()}
-        cargo = self._loader.load(source, tied)
+        with declined_unless_read(source) as reading:
+            welcomes = self._links.greet()
+            marks.append(self._clock())
+            tied = {alias: name for welcome in welcomes.values() for alias, name in welcome.tied.items()}
+            reading.begins()
+        try:
+            cargo = self._loader.load(source, tied)
+        except TransportError as error:  # no memory for a bucket, say
+            raise UpdateAborted(
+                f"the update could not be loaded: {error}; every host keeps what it serves", {}
+            ) from error
+        if any(welcome.state is State.TORN for welcome in welcomes.values()):
+            welcomes = self._links.greet()  # a torn host waits for nobody for long, and loading may have taken long
         if cargo.delivery is Delivery.SEGMENTS:
             is_read()
         marks.append(self._clock())
@@ -334,14 +358,17 @@ class Publisher:
 
         One that does not confirm is parted from: it notices, and forgets or settles.
         """
-        replies, faults = self._links.call(
-            lambda sequence: Abort(sequence=sequence, update=update, reason="the publisher called the update off")
-        )
-        unsure = [*faults, *(host for host, reply in replies.items() if not isinstance(reply, Aborted))]
-        for host in unsure:
-            self._links.part(host)
-        if unsure:
-            self._loader.doubt()
+        unsure = list(self._links.hosts)
+        try:
+            replies, faults = self._links.call(
+                lambda sequence: Abort(sequence=sequence, update=update, reason="the publisher called the update off")
+            )
+            unsure = [*faults, *(host for host, reply in replies.items() if not isinstance(reply, Aborted))]
+        finally:
+            for host in unsure:
+                self._links.part(host)
+            if unsure:
+                self._loader.doubt()
 
     def _commit(self, update: str, version: WeightVersion, cargo: Cargo) -> dict[str, Committed]:
         """Point of no return: an update that one host may have committed is never called off."""
@@ -416,9 +443,10 @@ class Publisher:
         committed: dict[str, Committed] = {}
         torn: dict[str, str] = {}
         refused: dict[str, str] = {}
-        heard = False
+        heard = called = False
         try:
             replies, unknown = self._links.call(build)
+            called = True
             for host, reply in replies.items():
                 if isinstance(reply, Committed) and reply.version == version:
                     committed[host] = reply
@@ -432,11 +460,15 @@ class Publisher:
         finally:
             if not heard:
                 self._loader.doubt()  # hosts that settle by committing still read it
+            if not called:
+                for host in self._links.hosts:
+                    self._links.part(host)  # interrupted: whoever has no commit must not wait for one
         if may_call_off and refused and not (committed or torn or unknown):
             self._call_off(update)
             raise UpdateAborted(blame("no host committed the update; all keep what they serve", refused), refused)
-        for host in [*refused, *unknown]:
-            self._links.part(host)  # it notices, asks its siblings, and follows those that committed
+        for host in [*refused, *unknown, *torn]:
+            # It notices, asks its siblings, and follows those that committed; a torn one may take their weights.
+            self._links.part(host)
         unknown |= refused
         if torn or unknown:
             text = (

@@ -43,6 +43,10 @@ class Publishing:
         """Whether it has ended, well or not."""
         return self._report.done()
 
+    def end(self) -> None:
+        """Returns when it has ended, well or not; every wait in it has a deadline of its own."""
+        self._thread.join()
+
     def wait_for_source(self, deadline_s: float) -> None:
         """Returns when the learner may write to the tensors that it publishes. DeadlineExceeded."""
         if not self._source_is_free.wait(deadline_s):

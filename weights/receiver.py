@@ -81,12 +81,14 @@ class Receiver:
         wire_dtypes: Mapping[str, torch.dtype] | None = None,
         reach: Reach | None = None,
         silence_s: float = DEFAULT_SILENCE_S,
+        delivery_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         """version: of what `parameters` hold now; None if that is not to be served: the host begins like a torn one.
         reach: how it opens what a learner names; left out, it opens nothing.
         silence_s: how long an update may hear nothing from its publisher, and how long settling it may take then.
+        delivery_s: the same while the host is paused for buckets that are still to come; left out, silence_s.
 
         ValueError if the parameters are not the layout's, or not contiguous.
         """
@@ -102,6 +104,7 @@ class Receiver:
             clock=clock,
         )
         self._silence_s = silence_s
+        self._delivery_s = silence_s if delivery_s is None else min(delivery_s, silence_s)
         self._clock = clock
         self._wait = wait
         self._lock = threading.RLock()
@@ -140,7 +143,8 @@ class Receiver:
         with self._lock:
             if self._course.update is None and self._course.state is not State.TORN:
                 return None
-            return self._heard_at + self._silence_s - self._clock()
+            silence_s = self._delivery_s if self._course.is_paused else self._silence_s
+            return self._heard_at + silence_s - self._clock()
 
     def handle(self, request: Request, segment: Tensor | None = None) -> Reply:
         """Answers one request. `segment`: flat uint8, the payload of a Stage.
@@ -148,7 +152,7 @@ class Receiver:
         Whatever arrives twice, late or out of order is answered as before or refused, without harm.
         """
         with self._lock:
-            if not isinstance(request, Ask):
+            if not isinstance(request, Ask) and self._concerns_what_is_under_way(request):
                 self._heard_at = self._clock()
             match request:
                 case Hello():
@@ -171,6 +175,12 @@ class Receiver:
                     return self._abort(request)
                 case Ask():
                     return self._answer(request)
+
+    def _concerns_what_is_under_way(self, request: Request) -> bool:
+        """Whether it counts as a sign of the publisher: beside an update under way, only what names that update. A
+        publisher that has forgotten an update must not keep it alive by whatever else it says."""
+        under_way = self._course.update
+        return under_way is None or getattr(request, "update", None) == under_way.offer.update
 
     def lost(self) -> bool:
         """The publisher's connection ended, or it fell silent.
@@ -261,7 +271,7 @@ class Receiver:
             return self._refuse(join, f"update {self._course.update.offer.update} is under way; it ends first")
         try:
             return Joined(sequence=join.sequence, way=self._known.join(join))
-        except (WeightsError, ValueError, RuntimeError) as error:
+        except (WeightsError, ValueError, RuntimeError, OSError) as error:
             return self._refuse(join, f"cannot join the learner's way for buckets: {error}")
 
     def _offer(self, offer: Offer) -> Reply:
@@ -305,10 +315,11 @@ class Receiver:
         if self._course.state is State.OFFERED:
             try:
                 if isinstance(update.payload, LeasePayload):
-                    update.payload.read(stage.bucket, self._known.opened(stage, update.placement))
+                    if update.payload.missing():  # else a second lease would close the one that was read
+                        update.payload.read(stage.bucket, self._known.opened(stage, update.placement))
                 else:
                     update.payload.stage(stage.bucket, segment)
-            except (WeightsError, RuntimeError, OSError) as error:
+            except (WeightsError, ValueError, RuntimeError, OSError) as error:
                 self._course.forget()
                 return self._refuse(stage, str(error))
         elif stage.bucket >= update.payload.stages:
@@ -325,7 +336,7 @@ class Receiver:
                 if not faults:
                     update.payload.ready()
                     update.placement.ready()
-            except (WeightsError, RuntimeError, OSError) as error:
+            except (WeightsError, ValueError, RuntimeError, OSError) as error:
                 faults = [str(error)]
             if faults:
                 self._course.forget()

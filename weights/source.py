@@ -36,3 +36,26 @@ def named_pairs(source: Source) -> Iterator[Iterable[tuple[str, Tensor]]]:
             yield pairs
     else:
         yield tensors.items()
+
+
+class Reading:
+    """Whether a source is read."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def begins(self) -> None:
+        """From here on whoever reads it answers to the learner's other ranks."""
+        self.begun = True
+
+
+@contextmanager
+def declined_unless_read(source: Source) -> Iterator[Reading]:
+    """If nobody begins to read a sharded source inside, the learner's other ranks are told not to wait for it."""
+    reading = Reading()
+    try:
+        yield reading
+    finally:
+        if not reading.begun:
+            with named_pairs(source):
+                pass

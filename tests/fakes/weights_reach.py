@@ -47,6 +47,9 @@ class ProcessMemory:
                     return Memory(handle, handle, whole.numel()), address - whole.data_ptr()
         raise TransportError("this memory has no handle")
 
+    def serves(self, device: torch.device) -> bool:
+        return True
+
     def buffer(self, size: int, device: torch.device) -> "ProcessBuffer":
         data = torch.zeros(size, dtype=torch.uint8)
         handle = self._keep(data)

@@ -352,6 +352,7 @@ def die(fleet: MemoryFleet, before: str, host: str, silent: bool, *, ends: str |
         nonlocal dead
         dead = dead or (type(request).__name__, to) == (before, host)
         if dead:
+            fleet.transport.disconnected = lambda host: None  # type: ignore[method-assign] # the dead close nothing
             raise SystemExit
         return carry(to, request, segment)
 
@@ -359,6 +360,7 @@ def die(fleet: MemoryFleet, before: str, host: str, silent: bool, *, ends: str |
     with pytest.raises(SystemExit):
         fleet.publisher.publish(NEW, 2)
     fleet.transport.carry = carry  # type: ignore[method-assign]
+    vars(fleet.transport).pop("disconnected", None)
     if ends is not None:
         fleet.transport.end(ends)
     if silent:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weights.codec import encode
 from weights.errors import DeadlineExceeded, MessageError, TransportError
-from weights.messages import Ask, Committed, Hello, Refused, Reply, Request
+from weights.messages import SIBLING, Ask, Committed, Hello, Refused, Reply, Request
 from weights.receiver import Receiver
 from weights.settlement import Siblings
 from weights.transports.answer import read_request, unreadable
@@ -227,7 +227,8 @@ class HostServer:
         """
         with self._changed:
             free = self._changed.wait_for(lambda: self._publisher is None, self._takeover_s)
-            if not free and self._talking is not None and self._talking.ended():
+            is_passing = (self._publisher or "").startswith(SIBLING)  # it shares once, and goes
+            if not free and (is_passing or (self._talking is not None and self._talking.ended())):
                 free = self._changed.wait_for(lambda: self._publisher is None, self._deadline_s / 2)
             if free:
                 self._publisher, self._talking = publisher, stream
