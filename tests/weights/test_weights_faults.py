@@ -365,6 +365,7 @@ def die(fleet: MemoryFleet, before: str, host: str, silent: bool, *, ends: str |
         fleet.transport.end(ends)
     if silent:
         fleet.transport.fall_silent()
+        fleet.transport._links.clear()  # as a server ends a connection that fell silent
     else:
         fleet.transport.lose_publisher()
 
