@@ -23,8 +23,6 @@ from weights.slicing import Slice, cut
 
 DEFAULT_THREADS = 16
 DEFAULT_SLICE_BYTES = 8 << 20
-RECYCLE_S = 0.0001
-"""Between two looks of the caller, who has nothing else to do, at whether copies to the device have ended."""
 LEAVE_S = 10.0
 """How long a read that fails or is interrupted waits for its threads, one of which a file system may be holding."""
 
@@ -179,9 +177,7 @@ class ParallelReader:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                while thread.is_alive():
-                    thread.join(RECYCLE_S if self._ring.stream is not None else None)
-                    self._ring.recycle()
+                thread.join()
         finally:
             stop.set()
             ends_at = time.monotonic() + LEAVE_S

@@ -6,8 +6,6 @@ reading, hence few buffers, used again and again. On a CPU they are plain memory
 
 import queue
 import threading
-import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +16,6 @@ from torch import Tensor
 from weights.errors import DeadlineExceeded, WeightsError
 
 LEND_DEADLINE_S = 60.0
-LOOK_S = 0.001
-"""Between two looks at whether a copy has ended, of a thread that waits for a buffer."""
 
 
 class PinnedRing:
@@ -42,9 +38,6 @@ class PinnedRing:
         self._made = 0
         self._making = threading.Lock()
         self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
-        self._landing: deque[_Buffer] = deque()
-        """Given back, in order, and still being copied from."""
-        self._looking = threading.Lock()
 
     @contextmanager
     def lent(self, deadline_s: float = LEND_DEADLINE_S) -> Iterator[Tensor]:
@@ -56,50 +49,28 @@ class PinnedRing:
         """
         buffer = self._take(deadline_s)
         try:
+            if buffer.copied is not None:
+                buffer.copied.synchronize()
             yield buffer.data
         finally:
-            if buffer.copied is None:
-                self._free.put(buffer)
-            else:
+            if buffer.copied is not None:
                 buffer.copied.record(self.stream)
-                self._landing.append(buffer)
-
-    def recycle(self) -> None:
-        """Gives out again those buffers whose copies have ended. Whoever waits for a buffer does it, and whoever has
-        nothing else to do may: asking an event costs microseconds, sleeping on one milliseconds on some machines.
-        """
-        if not self._landing or not self._looking.acquire(blocking=False):
-            return
-        try:
-            while self._landing:
-                copied = self._landing[0].copied
-                if copied is not None and not copied.query():  # type: ignore[no-untyped-call]
-                    return
-                self._free.put(self._landing.popleft())
-        finally:
-            self._looking.release()
+            self._free.put(buffer)
 
     def _take(self, deadline_s: float) -> "_Buffer":
-        self.recycle()
         try:
             return self._free.get_nowait()
         except queue.Empty:
             buffer = self._make()
         if buffer is not None:
             return buffer
-        until = time.monotonic() + deadline_s
-        while True:
-            self.recycle()
-            left_s = until - time.monotonic()
-            try:
-                return self._free.get(timeout=max(min(left_s, LOOK_S), 0.0) if self.stream is not None else deadline_s)
-            except queue.Empty:
-                if time.monotonic() < until:
-                    continue
-                raise DeadlineExceeded(
-                    f"all {self._buffers} buffers on the way to {self.device} were lent, and none came back within "
-                    f"{deadline_s} s"
-                ) from None
+        try:
+            return self._free.get(timeout=deadline_s)
+        except queue.Empty:
+            raise DeadlineExceeded(
+                f"all {self._buffers} buffers on the way to {self.device} were lent, and none came back within "
+                f"{deadline_s} s"
+            ) from None
 
     def _make(self) -> "_Buffer | None":
         """A new buffer; None if all are made."""
@@ -122,9 +93,9 @@ class PinnedRing:
 class _Buffer:
     data: Tensor = field(init=False)
     copied: torch.cuda.Event | None = field(init=False)
-    """Recorded behind the last copy."""
+    """Recorded behind the last copy. Waiting for it leaves the core to others: to those that fill buffers."""
 
     def __init__(self, size: int, *, locked: bool) -> None:
         with torch.inference_mode(False):  # else only those who are in that mode could fill it
             self.data = torch.empty(size, dtype=torch.uint8, pin_memory=locked)
-        self.copied = torch.cuda.Event() if locked else None  # type: ignore[no-untyped-call]
+        self.copied = torch.cuda.Event(blocking=True) if locked else None  # type: ignore[no-untyped-call]

@@ -89,6 +89,8 @@ class HostServer:
         self._publisher: str | None = None
         self._talking: FrameStream | None = None
         """The publisher's connection."""
+        self._ending = False
+        """That connection is at its end, and what it had under way is being forgotten or settled."""
         self._changed = threading.Condition()
         self._closing = False
         self._listener = _listen(path)
@@ -205,6 +207,9 @@ class HostServer:
             self._reply(stream, unreadable(self._receiver, error))
             raise
         finally:
+            with self._changed:
+                self._ending = True  # whoever comes now need not be turned away: it will not take long
+                self._changed.notify_all()
             if self._receiver.lost():
                 with self._changed:
                     self._publisher = f"{self._publisher} (lost: its last update is being settled with the siblings)"
@@ -227,11 +232,12 @@ class HostServer:
         """
         with self._changed:
             free = self._changed.wait_for(lambda: self._publisher is None, self._takeover_s)
-            is_passing = (self._publisher or "").startswith(SIBLING)  # it shares once, and goes
-            if not free and (is_passing or (self._talking is not None and self._talking.ended())):
+            is_sibling = (self._publisher or "").startswith(SIBLING)  # it shares once, and goes
+            is_leaving = self._ending or (self._talking is not None and self._talking.ended())
+            if not free and (is_sibling or is_leaving):
                 free = self._changed.wait_for(lambda: self._publisher is None, self._deadline_s / 2)
             if free:
-                self._publisher, self._talking = publisher, stream
+                self._publisher, self._talking, self._ending = publisher, stream, False
             return free
 
     def _dismiss(self) -> None:

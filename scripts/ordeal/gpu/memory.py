@@ -54,6 +54,9 @@ class FileMemory:
                 return _memory(path, data), address - data.data_ptr()
         raise TransportError("this memory has no handle")
 
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
     def buffer(self, size: int, device: torch.device) -> "FileBuffer":
         return FileBuffer(self, self._map(size))
 
@@ -112,6 +115,9 @@ class Handleless:
 
     def around(self, address: int, device: torch.device) -> tuple[Memory, int]:
         raise TransportError("this memory has no handle")
+
+    def serves(self, device: torch.device) -> bool:
+        return self._exporter.serves(device)
 
     def buffer(self, size: int, device: torch.device) -> Buffer:
         return self._exporter.buffer(size, device)

@@ -130,7 +130,7 @@ LEARNER: dict[Kind, tuple[Row, ...]] = {
         ("Commit sent", OLD, "released"),
         ("Deliver first to host 0", OLD, "released"),
         ("Deliver first to host 1", OLD_OR_SILENT, "kill"),
-        ("Deliver first sent", SILENT, ""),
+        ("Deliver first sent", OLD_OR_SILENT, ""),
         ("Deliver middle to host 0", SILENT, "released"),
         ("Deliver middle sent", SILENT, ""),
         ("half of the Deliver last to host 0", SILENT, "kill"),
