@@ -211,7 +211,7 @@ class Supervisor:
             else:
                 self._heal(member, now)
         elif member.torn_since_s is not None:
-            member.torn_since_s, member.work = None, None
+            member.torn_since_s, member.work, member.why = None, None, ""
             self._rotation.put(member.host_id, member.actor)
             self._report(member, f"was healed and serves {member.version}")
         elif member.behind > BEHIND_LOOKS and self._donor(member) is not None:

@@ -63,8 +63,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    row = measure(args)
     report = report_of(args)
+    row = measure(args) | {"commit": report["commit"]}
     report["rows"].append(row)
     args.path.parent.mkdir(parents=True, exist_ok=True)
     args.path.write_text(text(report) + "\n", encoding="utf-8")

@@ -120,13 +120,14 @@ def gate(found: Json) -> str:
 def reload(found: Json) -> str:
     """Seconds of hot reloads by transport: medians without the first update, the worst in brackets."""
     heads = (
-        *("transport", "where", "GB", "updates", "whole update, s", "GB/s"),
+        *("transport", "where", "sequences", "GB", "updates", "whole update, s", "GB/s"),
         *("between two steps, ms", "to the first new token, s", "a step, ms", "extra device memory, MiB"),
     )
     rows = [
         (
             row["transport"],
             row["devices"],
+            str(row["sequences"]),
             f"{row['bytes'] / 1e9:.1f}",
             str(row["updates"]),
             _worst(row["seconds"], 1.0, 2),
@@ -138,7 +139,34 @@ def reload(found: Json) -> str:
         )
         for row in found["rows"]
     ]
-    return table(heads, rows) + _machine(found)
+    commits = sorted({f"`{row['commit'][:7]}`" for row in found["rows"]})
+    return table(heads, rows) + _machine(found, f"; rows of commits {', '.join(commits)}")
+
+
+def reload_faults(found: Json) -> str:
+    """Cells by how the bytes come, how many kept their promise, and how 500 updates in a row began and ended."""
+    heads = ("how the bytes come", "hosts", "cells", "kept", "500 updates: ms each", "host memory, MiB", "device, MiB")
+    rows = []
+    for run in found["runs"]:
+        steady = {row["kind"]: row for row in run["updates"]}
+        for kind in dict.fromkeys(cell["kind"] for cell in run["cells"]):
+            cells = [cell for cell in run["cells"] if cell["kind"] == kind]
+            kept = sum(cell["kept"] for cell in cells)
+            shown = "**" if kept < len(cells) else ""
+            row = steady.get(kind)
+            drift = ("", "", "") if row is None else _drift(row)
+            rows.append((kind, str(cells[0]["hosts"]), str(len(cells)), f"{shown}{kept}{shown}", *drift))
+    commits = ", ".join(f"`{run['commit'][:12]}`" for run in found["runs"])
+    return table(heads, rows) + f"\n{found['device']}, PyTorch {found['versions']['torch']}; commits {commits}.\n"
+
+
+def _drift(row: Json) -> tuple[str, str, str]:
+    first, last = row["second_tenth"], row["last_tenth"]
+    return (
+        f"{first['seconds'] * 1e3:.1f} -> {last['seconds'] * 1e3:.1f}",
+        f"{first['memory_mib']:,.0f} -> {last['memory_mib']:,.0f}",
+        f"{first['device_used_mib']:,.0f} -> {last['device_used_mib']:,.0f}",
+    )
 
 
 def _worst(values: Sequence[float], scale: float, digits: int) -> str:
@@ -154,6 +182,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Json], str]]] = {
     "replay gap": ("replay_gap.json", replay_gap),
     "gate": ("gate.json", gate),
     "reload": ("reload.json", reload),
+    "reload faults": ("reload_faults.json", reload_faults),
 }
 """Name -> the file that it is made of, and how."""
 

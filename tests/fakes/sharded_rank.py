@@ -20,6 +20,7 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 from checkpoints import qwen3_config, tiny_model
+from fakes.weights_fleet import MemoryFleet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -49,6 +50,8 @@ class Order:
     """Wire name -> what the hosts store, as torch spells it."""
     out: str = ""
     """Where the publishing rank saves what it gathered, as a safetensors file."""
+    refused: str = ""
+    """The publishing rank brings it to a fleet that takes no update, for want of a host, or of a good step."""
     fail_after: int | None = None
     """The publishing rank's caller raises after so many tensors."""
     deadline_s: float = 60.0
@@ -190,6 +193,8 @@ def carry_out(order: Order, device: str) -> Answer:
 
 def publish(order: Order, source: nn.Module | Mapping[str, Tensor], answer: Answer) -> dict[str, Tensor]:
     """Copies of what comes, as a publisher makes them: the tensors themselves are let go."""
+    if order.refused:
+        publish_in_vain(order, source)
     dtypes = {name: getattr(torch, dtype) for name, dtype in order.dtypes.items()}
     saved: dict[str, Tensor] = {}
     with gathered(source, dtypes=dtypes, deadline_s=order.deadline_s) as pairs:
@@ -201,6 +206,14 @@ def publish(order: Order, source: nn.Module | Mapping[str, Tensor], answer: Answ
         if order.fail_after is not None:
             raise Failed(f"after {order.fail_after} tensors")
     return saved
+
+
+def publish_in_vain(order: Order, source: nn.Module | Mapping[str, Tensor]) -> None:
+    fleet = MemoryFleet(1)
+    if order.refused == "host":
+        fleet.transport.end("a")
+    fleet.publisher.publish(source, -1 if order.refused == "step" else 1)
+    raise AssertionError("the update was taken")
 
 
 def main(device: str, rank: str, size: str, store: str, timeout_s: str) -> None:

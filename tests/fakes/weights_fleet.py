@@ -44,6 +44,8 @@ RULES: tuple[Rule, ...] = (
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 BUCKET_BYTES = 4096
 """The small model fills six of them, and its embedding is cut over three."""
+SILENCE_S, DELIVERY_S = 30.0, 5.0
+"""Of the hosts of a fleet in memory: while requests run, and while they are paused."""
 
 
 def storage(device: str = "cpu") -> dict[str, Tensor]:
@@ -188,23 +190,29 @@ class FakeHost:
         self,
         name: str,
         *,
-        silence_s: float = 30.0,
+        silence_s: float = SILENCE_S,
+        delivery_s: float | None = None,
         clock: Callable[[], float] | None = None,
         device: str = "cpu",
         reach: Reach | None = None,
+        torn: bool = False,
     ) -> None:
+        """torn: it begins without a version to serve."""
         self.parameters = storage(device)
         clock = SimulatedClock() if clock is None else clock
         self.initial = WeightVersion(run="checkpoint", step=0, digest=content_digest(self.parameters))
         self.serving = FakeServing(self.initial)
+        if torn:
+            self.serving.torn("it began so")
         self.receiver = Receiver(
             host=name,
             layout=layout(self.parameters),
             parameters=self.parameters,
             serving=self.serving,
-            version=self.initial,
+            version=None if torn else self.initial,
             reach=reach,
             silence_s=silence_s,
+            delivery_s=delivery_s,
             clock=clock,
             wait=clock.advance if isinstance(clock, SimulatedClock) else time.sleep,
         )
@@ -227,9 +235,12 @@ class MemoryFleet:
         clock: SimulatedClock | None = None,
     ) -> None:
         self.clock = SimulatedClock() if clock is None else clock
-        self.hosts = {name: FakeHost(name, clock=self.clock, device=device, reach=reach) for name in "abcdefgh"[:hosts]}
+        self.hosts = {
+            name: FakeHost(name, delivery_s=DELIVERY_S, clock=self.clock, device=device, reach=reach)
+            for name in "abcdefgh"[:hosts]
+        }
         self.transport = MemoryTransport(
-            {name: host.receiver for name, host in self.hosts.items()}, self.clock, silence_s=30.0, load=load
+            {name: host.receiver for name, host in self.hosts.items()}, self.clock, silence_s=SILENCE_S, load=load
         )
         self.publisher = Publisher(
             self.transport, run="run", deadline_s=5.0, bucket_bytes=BUCKET_BYTES, clock=self.clock

@@ -162,6 +162,17 @@ class ProcessWires:
     def wait(self, seconds: float) -> None:
         self._clock.advance(seconds)
 
+    def cut(self, host: str) -> None:
+        """This host's ends of all wires are dead, and nobody has noticed."""
+        for ends in self._meetings.values():
+            if host in ends:
+                ends[host].alive = False
+
+    def lose_learner(self) -> None:
+        """The learner's process ends: nothing comes over its wires any more."""
+        for end in self._opened.values():
+            end.alive = False
+
 
 class LearnerEnd:
     """Rank 0."""

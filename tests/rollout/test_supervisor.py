@@ -52,6 +52,8 @@ class FakeHost:
             self.version = None if self.hold else CHECKPOINT
             return Outcome(value=introduction(self))
         if method == "share":
+            if self.world.sharing:
+                return None
             if self.world.unshared:
                 return Outcome(error=self.world.unshared)
             self.world.host(args[0]).version, self.world.host(args[0]).state = self.version, "idle"
@@ -103,6 +105,8 @@ class World:
         self.now_s = 0.0
         self.placed: list[FakeHost] = []
         self.unshared = ""
+        self.sharing = False
+        """A host that shares is not done yet."""
         self.broken = ""
         self.asked_again = 0
         self.rotation = Rotation()
@@ -279,6 +283,36 @@ def test_a_torn_host_takes_no_work_is_healed_by_an_update_and_started_again_with
     world.look(8)
     assert torn.ended
     assert world.stage("host-2") is Stage.SERVING
+
+
+def test_a_torn_host_is_not_ended_while_a_sibling_shares(world: World) -> None:
+    world.publish(FIRST)
+    world.look(2)
+    world.sharing = True
+    torn = world.host("host-2")
+    torn.state = "torn"
+    world.look(2 * int(world.config.deadlines.torn_s / WATCH_S))
+    assert not torn.ended
+    assert world.stage("host-2") is Stage.SERVING
+    world.sharing = False
+    world.look(2)
+    assert (torn.version, torn.ended) == (FIRST, False)
+    assert "host-2" in world.rotation.hosts()
+
+
+def test_a_share_that_fails_in_the_same_way_again_is_reported_once(world: World) -> None:
+    def reports(reason: str) -> int:
+        return sum(f"a sibling could not share: {reason}" in incident.what for incident in world.supervisor.incidents)
+
+    world.unshared = "has a publisher already"
+    torn = world.host("host-2")
+    torn.state = "torn"
+    world.look(int(world.config.deadlines.torn_s / WATCH_S) // 2)
+    assert reports("has a publisher already") == 1
+    world.unshared = "it changed while it was read"
+    world.look(int(world.config.deadlines.torn_s / WATCH_S) // 3)
+    assert reports("has a publisher already") == reports("it changed while it was read") == 1
+    assert not torn.ended
 
 
 def test_a_failed_engine_is_started_again(world: World) -> None:

@@ -1,11 +1,14 @@
 """What a host keeps of its learner between updates, and what it lets go."""
 
+import gc
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from fakes.weights_deliveries import NEW, OLD, LeasingFleet, contents_of, heal, version_of
-from fakes.weights_fleet import MemoryFleet, layout, learner_state, offer_of, storage
+from fakes.weights_fleet import BUCKET_BYTES, MemoryFleet, layout, learner_state, offer_of, storage
 from fakes.weights_reach import ProcessMemory
 
 from weights.catalogue import Catalogue, TensorSpec
@@ -172,6 +175,24 @@ def test_what_was_learned_of_a_learner_is_let_go_with_it(known: Known, memory: P
     assert (known.lease, known.way, known.catalogue, memory.opened) == ("", "", "", [])
     known.forget_learner()  # a second time does nothing
     assert known.placement(unnamed(offer)) is placement  # the layout has not changed
+
+
+def test_a_slot_of_another_size_takes_the_place_of_the_last(known: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that needs one; there is none here, so its memory has a size and no bytes."""
+    monkeypatch.setattr("weights.known.aside", lambda device: nullcontext())
+    monkeypatch.setattr("weights.known.settled", lambda device: None)
+    monkeypatch.setattr(known, "_device", torch.device("meta"))
+    manifest = manifest_of(OLD)
+    slots: list[weakref.ref[torch.Tensor]] = []
+    for number in range(6):
+        offer = offer_of(manifest, update=f"u{number}", bucket_bytes=BUCKET_BYTES * (1 + number % 2))
+        known.payload(offer, known.placement(offer))
+        slots += [weakref.ref(slot) for slot in known._slots]
+    gc.collect()
+    assert [slot() is None for slot in slots] == [True] * 5 + [False]
+    known.forget_learner()
+    gc.collect()
+    assert slots[-1]() is None
 
 
 def test_a_host_without_a_reach_says_so() -> None:

@@ -19,18 +19,29 @@ from fakes.weights_deliveries import (
     strike,
     version_of,
 )
-from fakes.weights_fleet import BUCKET_BYTES, TIED, FakeHost, hosted_from, learner_state, offer_of, same_bits
+from fakes.weights_fleet import (
+    BUCKET_BYTES,
+    TIED,
+    FakeHost,
+    MemoryFleet,
+    hosted_from,
+    learner_state,
+    offer_of,
+    same_bits,
+)
 from fakes.weights_reach import ProcessMemory
 from torch import Tensor
 
 from weights.delivery import Delivery
 from weights.errors import CommitIncomplete, ManifestError, UpdateAborted
+from weights.export import CudaExporter
 from weights.held import Held
 from weights.lease import Lease
-from weights.lease_loader import lease_of
+from weights.lease_loader import LeaseLoader, lease_of
 from weights.manifest import Manifest
 from weights.messages import Commit, Committed, Offered, Refused, Reply, Request, Stage, Staged, Vote, Voted
 from weights.publisher import Publisher
+from weights.segment_loader import SegmentLoader
 from weights.state import Outcome, State
 from weights.transports.faults import Fault, FaultKind
 
@@ -186,6 +197,13 @@ def test_tensors_that_come_one_by_one_travel_in_segments_and_the_lease_stays() -
     assert all(host.holds(OLD) for host in fleet.hosts.values())
 
 
+def test_a_state_dict_on_a_cpu_travels_in_segments_and_needs_no_driver() -> None:
+    fleet = MemoryFleet(load=lambda transport, size: LeaseLoader(CudaExporter(), SegmentLoader(transport, size), size))
+    for step in (1, 2):
+        fleet.publisher.publish(learner_state(step), step)
+        assert all(host.holds(learner_state(step)) for host in fleet.hosts.values())
+
+
 def test_memory_that_cannot_be_opened_is_said_and_leaves_the_old_version() -> None:
     fleet = leasing()
     fleet.memory.unreachable = True
@@ -269,6 +287,18 @@ def test_a_lease_is_read_once_and_may_come_again() -> None:
     driver.finish()
     assert driver.host.holds(learner_state(1))
     assert driver.memory.opens == len(driver.lease.memories)
+
+
+def test_a_second_lease_neither_closes_nor_replaces_the_one_that_was_read() -> None:
+    driver = LeasedDriver()
+    _, other = driver.leased(learner_state(1))
+    driver.offer()
+    assert isinstance(driver.stage(driver.lease), Staged)
+    assert isinstance(driver.stage(other), Staged)
+    assert driver.memory.opened == [memory.handle for memory in driver.lease.memories]
+    assert not set(driver.lease.memories) & set(other.memories)
+    driver.finish()
+    assert driver.host.holds(learner_state(1))
 
 
 def test_a_lease_that_the_host_does_not_hold_needs_its_terms() -> None:

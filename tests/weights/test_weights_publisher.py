@@ -150,6 +150,16 @@ def test_a_learner_that_untied_its_embedding_is_refused(delivery: str) -> None:
 
 
 @DELIVERIES
+def test_a_tied_tensor_that_begins_where_its_host_does_and_is_another_is_refused(delivery: str) -> None:
+    fleet = FLEETS[delivery](2)
+    state = learner_state(1)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"][:100]
+    with pytest.raises(ValueError, match=r"lm_head.weight = model.embed_tokens.weight"):
+        fleet.publisher.publish(state, 1)
+    fleet.publisher.publish(learner_state(1), 1)
+
+
+@DELIVERIES
 def test_a_learner_that_fails_while_it_gathers_leaves_the_hosts_alone(delivery: str) -> None:
     fleet = FLEETS[delivery](2)
 
@@ -361,3 +371,30 @@ def test_what_goes_wrong_on_its_way_is_raised_to_whoever_asks() -> None:
     with pytest.raises(UpdateAborted, match="missing"):
         publishing.result(30)
     publishing.wait_for_source(0)
+
+
+def test_beside_an_update_on_its_way_nothing_is_published_and_closing_waits_for_its_end() -> None:
+    fleet = MemoryFleet()
+    host = fleet.hosts["a"]
+    host.serving.may_write.clear()
+    publishing = fleet.publisher.begin(STATE, 1)
+    assert host.serving.in_pause.wait(30)
+    with pytest.raises(ValueError, match="on its way already: wait for its result first"):
+        fleet.publisher.publish(learner_state(2), 2)
+    closing = threading.Thread(target=fleet.publisher.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    host.serving.may_write.set()
+    closing.join(30)
+    assert publishing.result(0).version == host.serving.serves
+    assert all(host.holds(STATE) for host in fleet.hosts.values())
+
+
+def test_closing_after_an_update_that_failed_on_its_way_raises_nothing() -> None:
+    fleet = MemoryFleet()
+    publishing = fleet.publisher.begin({"model.norm.weight": torch.zeros(3)}, 1)
+    fleet.publisher.close()
+    assert publishing.done
+    restarted = Publisher(fleet.transport, deadline_s=5.0, bucket_bytes=BUCKET_BYTES, clock=fleet.clock)
+    restarted.publish(STATE, 1)

@@ -716,6 +716,30 @@ def test_silence_is_measured_from_the_publisher_s_last_word() -> None:
     assert driver.host.receiver.silence_left_s == 30
 
 
+@pytest.mark.parametrize("state", ["offered", "staged", "begun", "delivering"])
+@pytest.mark.parametrize(
+    "sign",
+    [
+        *["hello", "other protocol", "other offer", "stage of another", "vote of another", "commit of another"],
+        *["join", "deliver to another", "finish of another", "abort of another"],
+    ],
+)
+def test_what_does_not_name_the_update_under_way_is_no_sign_of_its_publisher(sign: str, state: str) -> None:
+    driver = Driver().reach(state)
+    driver.clock.advance(20)
+    REQUESTS[sign](driver)
+    assert driver.host.receiver.silence_left_s == 10
+    REQUESTS["offer"](driver)
+    assert driver.host.receiver.silence_left_s == 30
+
+
+def test_a_torn_host_hears_its_publisher_in_whatever_it_says() -> None:
+    driver = Driver().reach("torn")
+    driver.clock.advance(20)
+    REQUESTS["hello"](driver)
+    assert driver.host.receiver.silence_left_s == 30
+
+
 def test_a_torn_host_does_not_wait_for_ever_for_the_publisher_that_tore_it() -> None:
     driver = Driver().reach("torn")
     assert driver.host.receiver.silence_left_s == 30

@@ -236,6 +236,20 @@ def test_a_publisher_that_fails_ends_the_others_at_once_and_all_stay_in_step(
     assert_same_bits(load_file(out), whole())
 
 
+@pytest.mark.parametrize(
+    ("refused", "error"),
+    [("host", "UpdateAborted: the fleet has no host"), ("step", "ValueError: a step is in")],
+)
+def test_an_update_that_is_refused_before_it_is_read_ends_the_others_at_once(
+    ranks: list[Rank], tmp_path: Path, refused: str, error: str
+) -> None:
+    publisher, other = carry_out(ranks, refused=refused, deadline_s=2 * DEADLINE_S)
+    assert publisher.error.startswith(error)
+    assert other.error.startswith("UpdateAborted: rank 0, which publishes, gave up before ")
+    assert publisher.dtypes == other.dtypes == [], "nothing was gathered"
+    assert [answer.error for answer in carry_out(ranks, out=str(tmp_path / "out.safetensors"))] == ["", ""]
+
+
 def test_a_gathering_that_ended_stays_ended() -> None:
     pairs = gathered({"a": torch.ones(1), "b": torch.ones(1)})
     assert next(pairs)[0] == "a"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from fakes.weights_fleet import BUCKET_BYTES, FakeHost, MemoryFleet, learner_state
 
 from weights.digest import Digest
@@ -28,6 +29,18 @@ def test_what_is_shared_has_the_run_step_and_digest_of_the_learners_update() -> 
     assert report.version == version == found == other.serving.serves
     assert other.holds(learner_state(1))
     assert other.receiver.live_digest() == version.digest
+
+
+def test_a_nan_s_payload_is_shared_as_it_came() -> None:
+    state = learner_state(1)
+    gate = state["model.layers.0.mlp.gate.weight"].view(torch.int16)
+    gate[0, :2] = torch.tensor([0x7FA5, 0x7F81])  # signaling ones, which a cast from the hosted fp32 would quiet
+    fleet = MemoryFleet(1)
+    version = fleet.publisher.publish(state, 1).version
+    found, content = fleet.hosts["a"].receiver.content()
+    other = FakeHost("other")
+    assert publisher_to(other, found.run).publish(content, found.step, digest=found.digest).version == version
+    assert other.holds(state)
 
 
 def test_before_any_update_a_host_shares_its_checkpoints_version() -> None:

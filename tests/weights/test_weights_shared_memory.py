@@ -8,12 +8,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from fakes.weights_fleet import BUCKET_BYTES, FakeHost, learner_state, offer_of
 from fakes.weights_processes import PATIENCE_S, HostProcess, Process, assert_all, await_settled
+from torch import Tensor
 
 from weights.codec import decode, encode
 from weights.errors import (
@@ -32,8 +33,9 @@ from weights.rendezvous import Roster, RosterHost, socket_path
 from weights.state import Intent, State
 from weights.transports.segment import SharedSegment, map_segment
 from weights.transports.server import HostServer
-from weights.transports.shared_memory import SocketSibling, open_stream
+from weights.transports.shared_memory import OneHost, SocketSibling, open_stream
 from weights.transports.stream import FrameStream
+from weights.version import WeightVersion
 
 FLEET = "fleet"
 SILENCE_S = 4.0
@@ -262,6 +264,93 @@ def test_a_connection_must_begin_with_a_greeting(served: tuple[FakeHost, RosterH
     assert isinstance(reply, Refused)
     assert "begins with Hello or Ask, got Stage" in reply.reason
     stream.close()
+
+
+@contextmanager
+def fleet_here(name: str, host: FakeHost) -> Iterator[RosterHost]:
+    """A host in this process, behind a real socket and in a roster."""
+    listed = RosterHost(id=host.receiver.host, address=socket_path(name, host.receiver.host))
+    Roster(
+        name=name,
+        transport="shared_memory",
+        hosts=(listed,),
+        bucket_bytes=BUCKET_BYTES,
+        deadline_s=PATIENCE_S,
+        silence_s=2 * PATIENCE_S,
+    ).write()
+    with HostServer(host.receiver, listed.address, tuple, deadline_s=20.0, takeover_s=0.1):
+        yield listed
+
+
+def sibling_of(host: RosterHost) -> Publisher:
+    """As a host makes one that shares the learner's update with another."""
+    return Publisher(OneHost(host), run="learner", deadline_s=PATIENCE_S, bucket_bytes=BUCKET_BYTES, is_sibling=True)
+
+
+def test_a_torn_host_is_healed_by_a_learner_that_gathers_for_longer_than_it_waits(directory: Path) -> None:
+    host = FakeHost("slow", silence_s=1.0, clock=time.monotonic, torn=True)
+
+    def slowly() -> Iterator[tuple[str, Tensor]]:
+        ends_at = time.monotonic() + PATIENCE_S
+        while (host.receiver.silence_left_s or 0.0) > -0.3:
+            assert time.monotonic() < ends_at
+            time.sleep(0.02)
+        yield from learner_state(1).items()
+
+    with fleet_here("slow", host), Publisher.connect("slow") as publisher:
+        version = publisher.publish(slowly(), 1).version
+    assert host.serving.serves == version
+    assert host.holds(learner_state(1))
+
+
+def test_a_torn_host_takes_a_siblings_weights_while_its_learner_is_well_and_quiet(directory: Path) -> None:
+    host = FakeHost("torn", silence_s=PATIENCE_S, clock=time.monotonic)
+    committed = host.serving.committed
+
+    def failing(version: WeightVersion) -> None:
+        raise RuntimeError("the engine did not take it")
+
+    with fleet_here("torn", host) as listed, Publisher.connect("torn", run="learner") as learner:
+        first = learner.publish(learner_state(1), 1).version
+        host.serving.committed = failing  # type: ignore[method-assign]
+        with pytest.raises(CommitIncomplete, match="the engine did not take it"):
+            learner.publish(learner_state(2), 2)
+        host.serving.committed = committed  # type: ignore[method-assign]
+        assert host.receiver.state is State.TORN
+        with sibling_of(listed) as sibling:
+            assert sibling.publish(learner_state(1).items(), 1, digest=first.digest).version == first
+        assert host.serving.serves == first
+        assert host.holds(learner_state(1))
+        learner.publish(learner_state(3), 3)
+        assert host.holds(learner_state(3))
+
+
+def test_a_learner_that_comes_while_a_sibling_shares_waits_for_it(directory: Path) -> None:
+    host = FakeHost("shared", silence_s=PATIENCE_S, clock=time.monotonic, torn=True)
+    shares, go = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[tuple[str, Tensor]]:
+        shares.set()
+        assert go.wait(PATIENCE_S)
+        yield from learner_state(1).items()
+
+    def share(listed: RosterHost) -> None:
+        with sibling_of(listed) as sibling:
+            sibling.publish(slowly(), 1)
+
+    with fleet_here("shared", host) as listed, ExitStack() as stack:
+        sharing = threading.Thread(target=share, args=(listed,))
+        sharing.start()
+        stack.callback(sharing.join)
+        stack.callback(go.set)
+        assert shares.wait(PATIENCE_S)
+        later = threading.Timer(0.5, go.set)  # long after a learner that does not wait is turned away
+        later.start()
+        stack.callback(later.join)
+        with Publisher.connect("shared", run="learner") as learner:
+            assert host.holds(learner_state(1))
+            learner.publish(learner_state(2), 2)
+    assert host.holds(learner_state(2))
 
 
 def test_closing_a_server_waits_for_the_commit_under_way(directory: Path) -> None:

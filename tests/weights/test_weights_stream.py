@@ -224,6 +224,31 @@ def test_a_first_bucket_that_nobody_heard_of_leaves_the_old_version(stream: str)
     heal(fleet)
 
 
+def test_a_first_bucket_that_never_came_leaves_the_old_version() -> None:
+    fleet = wired()
+    before(fleet, ("Deliver", 1), "a", fleet.wires.lose_learner)
+    with pytest.raises(CommitIncomplete, match="nothing was written: nothing came to a") as caught:
+        fleet.publisher.publish(NEW, 2)
+    assert (caught.value.committed, caught.value.torn, set(caught.value.unknown)) == ((), {}, {"a", "b"})
+    assert contents_of(fleet) == {"a": "old", "b": "old"}
+    assert {settlement.outcome for _, settlement in fleet.transport.settlements} == {Outcome.ABORTED}
+    heal(fleet)
+
+
+@pytest.mark.parametrize(("reached", "cut_off"), ["ab", "ba"])
+def test_a_host_that_no_bucket_reached_follows_its_torn_sibling_into_silence(reached: str, cut_off: str) -> None:
+    fleet = wired()
+    before(fleet, ("Deliver", 1), "a", lambda: fleet.wires.cut(cut_off))
+    with pytest.raises(CommitIncomplete, match="nothing was written: the wire has ended") as caught:
+        fleet.publisher.publish(NEW, 2)
+    assert (list(caught.value.torn), list(caught.value.unknown)) == ([reached], [cut_off])
+    assert contents_of(fleet) == {"a": "torn", "b": "torn"}
+    settlement = dict(fleet.transport.settlements)[cut_off]
+    assert settlement.outcome is Outcome.TORN
+    assert f"{reached} took the commit; the bytes of this update went with its learner" in settlement.reason
+    heal(fleet)
+
+
 @STREAMS
 def test_a_subset_streams_over_the_content_that_it_names(stream: str) -> None:
     fleet = at_old(stream)
