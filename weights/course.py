@@ -6,9 +6,9 @@ from weights.errors import DeadlineExceeded, WeightsError
 from weights.hosted import Hosted, Overwriting
 from weights.messages import Committed
 from weights.outcomes import Outcomes
-from weights.payload import StreamPayload
 from weights.staging import StagedUpdate
 from weights.state import Outcome, State
+from weights.stream_payload import StreamPayload
 
 INTERRUPTED = "the commit was interrupted"
 

@@ -15,20 +15,14 @@ from weights.bucket import Bucket, pack
 from weights.delivery import Delivery
 from weights.errors import ManifestError
 from weights.laid import Laid
+from weights.lease_payload import LeasePayload, OpenLease
 from weights.messages import Join, Offer, Stage
 from weights.naming import HostedLayout
-from weights.payload import (
-    LeasePayload,
-    OpenLease,
-    Payload,
-    SegmentPayload,
-    Shadow,
-    ShadowPayload,
-    StreamPayload,
-    in_slots,
-)
+from weights.payload import Payload, in_slots
 from weights.placement import Placement
 from weights.reach import Reach
+from weights.staged_payload import SegmentPayload, Shadow, ShadowPayload
+from weights.stream_payload import StreamPayload
 from weights.way import SlotWay, Way, WireWay
 
 KEPT_CATALOGUES = 4

@@ -28,6 +28,7 @@ from weights.digest import Digest
 from weights.errors import ManifestError, WeightsError
 from weights.hosted import Hosted
 from weights.known import Known
+from weights.lease_payload import LeasePayload
 from weights.manifest import Manifest
 from weights.messages import (
     PROTOCOL,
@@ -55,13 +56,13 @@ from weights.messages import (
     Welcome,
 )
 from weights.naming import HostedLayout
-from weights.payload import LeasePayload, StreamPayload
 from weights.reach import NoReach, Reach
 from weights.rendezvous import DEFAULT_SILENCE_S
 from weights.serving import Serving
 from weights.settlement import Settlement, Siblings, settle
 from weights.staging import StagedUpdate
 from weights.state import Intent, Outcome, State
+from weights.stream_payload import StreamPayload
 from weights.version import WeightVersion
 
 LOST_DELIVERING = "the publisher was lost while it delivered the update"

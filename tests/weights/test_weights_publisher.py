@@ -343,13 +343,13 @@ def test_an_update_goes_its_way_while_the_learner_computes_on() -> None:
 def test_a_learner_may_write_to_its_weights_once_they_are_copied() -> None:
     fleet = MemoryFleet()
     gate = threading.Event()
-    offer = fleet.publisher._offer
+    offer = fleet.publisher._rounds.offer
 
     def held_back(*arguments: Any) -> WeightVersion:
         assert gate.wait(30)
         return offer(*arguments)
 
-    fleet.publisher._offer = held_back  # type: ignore[method-assign]
+    fleet.publisher._rounds.offer = held_back  # type: ignore[method-assign]
     state = learner_state(1)
     publishing = fleet.publisher.begin(state, 1)
     publishing.wait_for_source(30)

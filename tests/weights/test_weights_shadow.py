@@ -20,7 +20,7 @@ from fakes.weights_fleet import learner_state
 
 from weights.errors import CommitIncomplete, UpdateAborted
 from weights.messages import Stage, Staged
-from weights.payload import Shadow
+from weights.staged_payload import Shadow
 from weights.state import Outcome
 from weights.transports.faults import Fault, FaultKind
 

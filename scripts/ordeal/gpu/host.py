@@ -16,12 +16,14 @@ from ordeal.gpu.stop import Stop, nth
 from ordeal.gpu.terms import SIBLING_S, Terms
 from weights.aside import settled
 from weights.errors import DeadlineExceeded
+from weights.lease_payload import LeasePayload
 from weights.messages import Deliver, Join, Offer, Reply, Request, Stage
-from weights.payload import LeasePayload, Payload, StreamPayload
+from weights.payload import Payload
 from weights.reach import Reach
 from weights.receiver import Receiver
 from weights.rendezvous import socket_path
 from weights.staging import StagedUpdate
+from weights.stream_payload import StreamPayload
 from weights.transports.nccl import WireReach
 from weights.transports.server import HostServer
 from weights.transports.shared_memory import siblings
