@@ -115,7 +115,8 @@ class Publisher:
         self, source: Source, step: int, *, base: Digest | None = None, digest: Digest | None = None
     ) -> Publishing:
         """As `publish`, in a thread of its own while the learner computes on; nothing else may be asked of this
-        publisher until it has ended. ValueError while another one is on its way.
+        publisher until it has ended. ValueError while another one is on its way: the other ranks of a sharded learner
+        must not be in `take_part` for it then.
         """
         self._refuse_another()
         self._publishing = Publishing(lambda is_read: self._publish(source, step, base, digest, is_read))

@@ -16,6 +16,8 @@ from weights.publisher import Publisher
 from weights.rendezvous import Roster, RosterHost, socket_path
 from weights.transports.by_roster import transport_of
 
+pytestmark = pytest.mark.processes
+
 FLEET = "wired"
 SILENCE_S = 5.0
 DEADLINE_S = 3.0

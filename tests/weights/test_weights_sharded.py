@@ -25,6 +25,8 @@ from torch import Tensor
 from weights.naming import to_wire
 from weights.sharded import gathered, rounded, take_part
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
 GROUP_TIMEOUT_S = 6.0

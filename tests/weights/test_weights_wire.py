@@ -18,6 +18,8 @@ from weights.wire import ChannelWire, Wire, open_wire, serve_store
 from weights.wires.limit import Errand
 from weights.wires.meeting import Meeting, StoreServer
 
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 LONG_S = 30.0
 SHORT_S = 0.2
