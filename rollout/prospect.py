@@ -51,6 +51,11 @@ def prospect_of(config: RolloutConfig, environ: Mapping[str, str]) -> Prospect:
         raise ConfigError(f"model: there is no folder {config.model}; give a Hugging Face checkpoint folder")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but PyTorch sees no GPU here; set device: cpu, or install PyTorch for CUDA")
+    if config.weights.transport == "cuda_ipc" and not uses_gpu(config.device):
+        raise ConfigError(
+            "weights.transport: cuda_ipc reads device memory, and the hosts would run on a CPU; "
+            "set weights.transport: shared_memory, or run them on GPUs"
+        )
     plain = read_config(config.model)
     hosting = hosting_of(config, torch.device("cuda" if uses_gpu(config.device) else "cpu"))
     spec = decoder_spec(plain, hosting)

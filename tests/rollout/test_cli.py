@@ -236,6 +236,23 @@ def test_a_gpu_that_is_not_there_is_told(
     assert "PyTorch sees no GPU here; set device: cpu" in said
 
 
+def test_device_memory_is_not_to_be_read_on_a_cpu(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"model": str(checkpoint), "device": "cpu", "weights": {"transport": "cuda_ipc"}}
+    said = mistake(capsys, "check", write(tmp_path / "x.yaml", fields))
+    assert "cuda_ipc reads device memory, and the hosts would run on a CPU" in said
+
+
+@pytest.mark.parametrize(("shadow", "words"), [(True, "a full second copy"), (False, "written in place")])
+def test_check_says_how_an_update_over_a_wire_is_staged(
+    shadow: bool, words: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"model": str(checkpoint), "device": "cpu", "weights": {"transport": "nccl", "shadow": shadow}}
+    assert main(["check", str(write(tmp_path / "x.yaml", fields)), "--json"]) == 0
+    assert words in json.loads(capsys.readouterr().out)["facts"]["weight updates"]
+
+
 def test_a_second_fleet_of_the_same_name_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Whereabouts(name="run-7", ray_address="127.0.0.1:1", ray_auth_mode="", launcher=os.getpid()).write()
     said = mistake(capsys, "launch", config)
